@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: MIT
+// Arguments of the primitive and its backward: checked for safety (Python raises the friendly sentences) and brought
+// into a Problem.
+#pragma once
+#include "common.h"
+
+namespace natten {
+
+// Backend ids, the same as in natten_ops/backends.py (tests/test_backends.py compares them).
+enum Backend : int64_t { kChoose = 0, kCpuGeneral = 1 };
+
+struct Arguments {
+  const Tensor &query, &key, &value;
+  const Integers &kernel_size, &stride, &dilation;
+  const Flags& is_causal;
+  std::optional<double> scale;
+  const OptionalTensor &additional_keys, &additional_values, &rpb, &key_mask;
+  const Integers &q_origin, &kv_origin, &extent;
+
+  int64_t rank() const { return query.dim() - 3; }
+};
+
+// Raises unless a kernel may run on the arguments without touching memory that is not theirs.
+void check(const Arguments& arguments);
+
+// The problem of checked arguments; outputs and gradients are still to be set.
+Problem make_problem(const Arguments& arguments);
+
+// A tensor of shape [batch, spatial.., heads, dim], or without dim, as rows; `spatial` dims are right-aligned.
+Rows rows_of(const Tensor& tensor, bool has_batch, int64_t spatial, bool has_head, bool has_dim);
+
+}  // namespace natten

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: MIT
+// What the fronts share: tensors of the stable ABI as plain data, and shares of work for torch's thread pool.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace natten {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Integers = std::vector<int64_t>;
+using Flags = std::vector<bool>;
+using OptionalTensor = std::optional<Tensor>;
+
+inline ScalarType lse_dtype(const Tensor& query) {
+  return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline cpu::Dtype cpu_dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return cpu::Dtype::float64;
+    case ScalarType::Float: return cpu::Dtype::float32;
+    case ScalarType::Half: return cpu::Dtype::float16;
+    case ScalarType::BFloat16: return cpu::Dtype::bfloat16;
+    default: STD_TORCH_CHECK(false, "natten: query must be float64, float32, float16 or bfloat16"); return {};
+  }
+}
+
+// Memory for the parts of a pass, one aligned piece each.
+class Scratch {
+ public:
+  Scratch(int64_t parts, int64_t bytes) : pitch_((bytes + 127) / 64 * 64) {
+    memory_.reset(static_cast<char*>(std::aligned_alloc(64, size_t(pitch_ * parts))));
+    STD_TORCH_CHECK(memory_ != nullptr, "natten: out of memory for ", pitch_ * parts, " bytes of scratch");
+  }
+  void* of(int64_t part) const { return memory_.get() + part * pitch_; }
+
+ private:
+  struct Free { void operator()(char* p) const { std::free(p); } };
+  int64_t pitch_;
+  std::unique_ptr<char, Free> memory_;
+};
+
+// Runs a pass over [0, items) in `parts` shares. Every item is computed alike whichever share it falls into.
+inline void run_parts(cpu::Pass pass, const Problem& problem, int64_t items, int64_t scratch_bytes, int64_t parts) {
+  if (items == 0) return;
+  const Scratch scratch(parts, scratch_bytes);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part)
+      pass(problem, scratch.of(part), part, items * part / parts, items * (part + 1) / parts);
+  });
+}
+
+// As many shares as there are threads, but none of fewer than kGrain multiply-adds: waking a thread costs about 5 us.
+inline void run(cpu::Pass pass, const Problem& problem, int64_t items, int64_t scratch_bytes, double work) {
+  constexpr double kGrain = 1 << 17;
+  int64_t parts = smaller(smaller(torch::stable::get_num_threads(), items), int64_t(work / kGrain) + 1);
+  run_parts(pass, problem, items, scratch_bytes, larger(parts, 1));
+}
+
+}  // namespace natten

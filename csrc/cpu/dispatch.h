@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MIT
+// The CPU kernels of one dtype and the choice of their instruction set. No torch.
+#pragma once
+#include "../problem.h"
+
+namespace natten::cpu {
+
+enum class Dtype { float64, float32, float16, bfloat16 };
+
+// Runs items [begin, end) of a pass; `part` numbers the caller's share and `scratch` is private to it.
+using Pass = void (*)(const Problem&, void* scratch, int64_t part, int64_t begin, int64_t end);
+
+struct ForwardKernels {
+  int64_t (*query_items)(const Problem&);
+  int64_t (*scratch_bytes)(const Problem&);
+  Pass forward;  // items: query items
+};
+
+struct BackwardKernels {
+  int64_t (*query_items)(const Problem&);
+  int64_t (*key_items)(const Problem&);
+  int64_t (*scratch_bytes)(const Problem&);
+  Pass prepare;     // query items: delta and row_lse, which every other pass reads
+  Pass query;       // query items: gradients of the query and, as partial sums, of the bias table
+  Pass key;         // key items: gradients of key and value
+  Pass additional;  // batch * additional items: gradients of the additional tokens
+  Pass reduce_rpb;  // heads: the bias table's partial sums, in fixed order
+};
+
+ForwardKernels forward_kernels(Dtype dtype);
+BackwardKernels backward_kernels(Dtype dtype);
+int vector_bytes();  // of the instruction set in use: 16 (baseline), 32 (AVX2) or 64 (AVX-512)
+
+}  // namespace natten::cpu

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: MIT
+// Backward of the general path, deterministic without atomics: each gradient row has one owner that adds in a fixed
+// order. Queries own their row of dq (keys of the window); keys own their rows of dk and dv (queries of the inverse
+// window), so scores are computed twice, 7 products instead of 5. Compiled once per ISA.
+//
+// With P = exp(s - lse) and delta = <dout, out> - dlse:  ds = P (<dout, v> - delta),  dq = scale ds k,
+// dk = scale ds q,  dv = P dout,  dbias = sum of ds.
+#include "general.h"
+
+namespace natten {
+namespace {
+
+// delta and row_lse of every query: what the other passes read of out, lse and their gradients.
+template <class T> void prepare(const Problem& p, void*, int64_t, int64_t begin, int64_t end) {
+  using A = Accumulate<T>;
+  const A infinity = A(__builtin_inf());
+  for_tokens(p.q_shape, begin, end, [&](int64_t b, const int64_t* token) {
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const A lse = head_of<A>(p.lse, b, h)[token_of(p.lse, token)];
+      A delta = 0;
+      if (p.grad_out.data) {
+        const T* out = head_of<T>(p.out, b, h) + token_of(p.out, token);
+        const T* grad = head_of<T>(p.grad_out, b, h) + token_of(p.grad_out, token);
+        for (int64_t d = 0; d < p.value_dim; ++d) delta += widen(out[d * p.out.dim]) * widen(grad[d * p.grad_out.dim]);
+      }
+      if (p.grad_lse.data) delta -= head_of<A>(p.grad_lse, b, h)[token_of(p.grad_lse, token)];
+      const bool dead = lse == -infinity;  // then every weight is exp(-inf) = 0, whatever the gradients are
+      const int64_t at = token_of(p.delta, token);
+      head_of<A>(p.delta, b, h)[at] = dead ? A(0) : delta;
+      head_of<A>(p.row_lse, b, h)[at] = dead ? infinity : lse;
+    }
+  });
+}
+
+// exp(s - lse), which rounding may lift above 1 by an ulp or two, never to a big number.
+template <class A> NATTEN_INLINE Vector<A> weight_of(Vector<A> score, Vector<A> lse) { return exp_negative(score - lse); }
+
+// scores -> ds, for one query against many keys.
+template <class A> inline void slopes_of_query(A* scores, const A* slopes, int64_t count, A lse, A delta) {
+  for (int64_t i = 0; i < count; i += kLanes<A>)
+    store(scores + i, weight_of<A>(load(scores + i), splat(lse)) * (load(slopes + i) - splat(delta)));
+}
+
+// <dout, value> of the listed rows; 0 where out has no gradient.
+template <class T, class A>
+inline void output_slopes(const Problem& p, const A* row, const RowSource<T>& rows, const int64_t* offset, int64_t count, A* slopes) {
+  if (p.grad_out.data) score_rows(row, rows, offset, count, slopes);
+  else std::memset(slopes, 0, size_t(count) * sizeof(A));
+}
+
+template <class T> void backward_query(const Problem& p, void* memory, int64_t part, int64_t begin, int64_t end) {
+  using A = Accumulate<T>;
+  Scratch<T> s;
+  Scratch<T>::carve(p, memory, &s);
+  int64_t table = 1;
+  for (int a = 0; a < kAxes; ++a) table *= 2 * p.axis[a].kernel - 1;
+  A* partial = p.grad_rpb.data ? static_cast<A*>(p.rpb_partials) + part * p.heads * table : nullptr;
+  const Walk additional = additional_walk(p);
+  s.extra->loaded = -1;
+  for_tokens(p.q_shape, begin, end, [&](int64_t b, const int64_t* token) {
+    const Walk walk = window_walk(p, b, token);
+    s.window->loaded = -1;
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const int64_t kv_head = h / (p.heads / p.heads_kv), at = token_of(p.delta, token);
+      const A lse = head_of<A>(p.row_lse, b, h)[at], delta = head_of<A>(p.delta, b, h)[at];
+      widen_row(head_of<T>(p.query, b, h) + token_of(p.query, token), p.query.dim, p.head_dim, A(p.scale), s.query);
+      if (p.grad_out.data)
+        widen_row(head_of<T>(p.grad_out, b, h) + token_of(p.grad_out, token), p.grad_out.dim, p.value_dim, A(1), s.grad);
+      std::memset(s.sum_head, 0, size_t(p.head_dim) * sizeof(A));
+      auto visit = [&](const Walk& rows, List& list, const Rows& key, const Rows& value, bool biased) {
+        for (int64_t chunk = 0; chunk < chunks_of(rows); ++chunk) {
+          list_chunk(rows, chunk, list);
+          const auto keys = source_of<T>(key, b, kv_head, p.head_dim, s.packed);
+          score_rows(s.query, keys, list.offset[kKey], list.size, s.scores);
+          if (biased) add_bias<T>(p, h, list.offset[kBias], list.size, s.scores);
+          output_slopes(p, s.grad, source_of<T>(value, b, kv_head, p.value_dim, s.packed), list.offset[kValue], list.size, s.slopes);
+          slopes_of_query(s.scores, s.slopes, list.size, lse, delta);
+          if (p.grad_query.data) add_rows(s.scores, keys, list.offset[kKey], list.size, s.sum_head);
+          if (biased && partial)
+            for (int64_t i = 0; i < list.size; ++i) partial[h * table + list.offset[kBias][i]] += s.scores[i];
+        }
+      };
+      if (lse != A(__builtin_inf())) visit(walk, *s.window, p.key, p.value, p.rpb.data != nullptr);
+      if (p.additional) visit(additional, *s.extra, p.additional_keys, p.additional_values, false);
+      if (p.grad_query.data)
+        narrow_row(s.sum_head, A(p.scale), head_of<T>(p.grad_query, b, h) + token_of(p.grad_query, token), 1, p.head_dim);
+    }
+  });
+}
+
+// The queries that see a token of the grid. Streams: query, grad_out, delta, [bias].
+inline Walk inverse_walk(const Problem& p, const int64_t* token) {
+  Walk walk;
+  int64_t first[kAxes], offset[kAxes];
+  for (int a = 0; a < kAxes; ++a) {
+    const Axis& axis = p.axis[a];
+    const int64_t key = token[a] + p.kv_origin[a];
+    const Span span = inverse_window(axis, key);
+    // Of those, the ones that this problem holds: in-group positions of [q_origin, q_origin + q_shape).
+    const int64_t low = larger(p.q_origin[a] - span.group, 0), stop = p.q_origin[a] + p.q_shape[a] - span.group;
+    const int64_t begin = larger(span.first, ceil_div(low, axis.dilation));
+    const int64_t end = smaller(span.end, stop <= 0 ? 0 : ceil_div(stop, axis.dilation));
+    walk.count[a] = larger(end - begin, 0);
+    first[a] = span.group + axis.dilation * begin - p.q_origin[a];
+    offset[a] = axis.kernel - 1 + key / axis.dilation - begin;
+  }
+  add_stream(walk, p, p.query, first);
+  add_stream(walk, p, p.grad_out, first);
+  add_stream(walk, p, p.delta, first);
+  if (p.rpb.data) add_bias_stream(walk, p, offset, -1);
+  return walk;
+}
+
+// Every query of the problem: who sees an additional token. The same streams, walked without dilation.
+inline Walk all_queries_walk(const Problem& p) {
+  Walk walk;
+  walk.streams = 3;
+  const Rows* const rows[] = {&p.query, &p.grad_out, &p.delta};
+  for (int a = 0; a < kAxes; ++a) {
+    walk.count[a] = p.q_shape[a];
+    for (int s = 0; s < 3; ++s) walk.step[s][a] = rows[s]->token[a];
+  }
+  return walk;
+}
+
+// The gradients of one key and one value row, from all queries of `walk` in all heads of its group.
+template <class T>
+inline void key_gradients(const Problem& p, const Walk& walk, Scratch<T>& s, int64_t b, int64_t kv_head, const T* key,
+                          int64_t key_stride, const T* value, int64_t value_stride, T* grad_key, T* grad_value, bool biased) {
+  using A = Accumulate<T>;
+  enum { kQuery, kGrad, kDelta, kInverseBias };
+  widen_row(key, key_stride, p.head_dim, A(p.scale), s.query);
+  if (grad_key && p.grad_out.data) widen_row(value, value_stride, p.value_dim, A(1), s.grad);
+  std::memset(s.sum_head, 0, size_t(p.head_dim) * sizeof(A));
+  std::memset(s.sum_value, 0, size_t(p.value_dim) * sizeof(A));
+  const int64_t group = p.heads / p.heads_kv;
+  alignas(64) A delta[kChunk + 16], lse[kChunk + 16];
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    const auto queries = source_of<T>(p.query, b, h, p.head_dim, s.packed);
+    const auto grads = source_of<T>(p.grad_out, b, h, p.value_dim, s.packed);
+    const A *row_lse = head_of<A>(p.row_lse, b, h), *row_delta = head_of<A>(p.delta, b, h);
+    for (int64_t chunk = 0; chunk < chunks_of(walk); ++chunk) {
+      list_chunk(walk, chunk, *s.window);
+      const List& list = *s.window;
+      score_rows(s.query, queries, list.offset[kQuery], list.size, s.scores);
+      if (biased) add_bias<T>(p, h, list.offset[kInverseBias], list.size, s.scores);
+      for (int64_t i = 0; i < list.size; ++i) {
+        lse[i] = row_lse[list.offset[kDelta][i]];
+        delta[i] = row_delta[list.offset[kDelta][i]];
+      }
+      for (int64_t i = 0; i < list.size; i += kLanes<A>) store(s.scores + i, weight_of<A>(load(s.scores + i), load(lse + i)));
+      if (grad_value && p.grad_out.data) add_rows(s.scores, grads, list.offset[kGrad], list.size, s.sum_value);
+      if (!grad_key) continue;
+      output_slopes(p, s.grad, grads, list.offset[kGrad], list.size, s.slopes);
+      for (int64_t i = 0; i < list.size; i += kLanes<A>)
+        store(s.scores + i, load(s.scores + i) * (load(s.slopes + i) - load(delta + i)));
+      add_rows(s.scores, queries, list.offset[kQuery], list.size, s.sum_head);
+    }
+  }
+  if (grad_key) narrow_row(s.sum_head, A(p.scale), grad_key, 1, p.head_dim);
+  if (grad_value) narrow_row(s.sum_value, A(1), grad_value, 1, p.value_dim);
+}
+
+template <class T> T* row_or_null(const Rows& rows, int64_t b, int64_t head, const int64_t* token) {
+  return rows.data ? head_of<T>(rows, b, head) + token_of(rows, token) : nullptr;
+}
+
+template <class T> void backward_key(const Problem& p, void* memory, int64_t, int64_t begin, int64_t end) {
+  Scratch<T> s;
+  Scratch<T>::carve(p, memory, &s);
+  const bool biased = p.rpb.data != nullptr;
+  for_tokens(p.kv_shape, begin, end, [&](int64_t b, const int64_t* token) {
+    Walk walk = inverse_walk(p, token);
+    if (p.key_mask.data && !head_of<uint8_t>(p.key_mask, b, 0)[token_of(p.key_mask, token)]) walk.count[0] = 0;
+    s.window->loaded = -1;
+    for (int64_t h = 0; h < p.heads_kv; ++h)
+      key_gradients<T>(p, walk, s, b, h, head_of<T>(p.key, b, h) + token_of(p.key, token), p.key.dim,
+                       head_of<T>(p.value, b, h) + token_of(p.value, token), p.value.dim,
+                       row_or_null<T>(p.grad_key, b, h, token), row_or_null<T>(p.grad_value, b, h, token), biased);
+  });
+}
+
+template <class T> void backward_additional(const Problem& p, void* memory, int64_t, int64_t begin, int64_t end) {
+  Scratch<T> s;
+  Scratch<T>::carve(p, memory, &s);
+  const Walk walk = all_queries_walk(p);
+  s.window->loaded = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / p.additional, token[kAxes] = {0, 0, item % p.additional};
+    const Rows &keys = p.additional_keys, &values = p.additional_values;
+    for (int64_t h = 0; h < p.heads_kv; ++h)
+      key_gradients<T>(p, walk, s, b, h, head_of<T>(keys, b, h) + token_of(keys, token), keys.dim,
+                       head_of<T>(values, b, h) + token_of(values, token), values.dim,
+                       row_or_null<T>(p.grad_additional_keys, b, h, token),
+                       row_or_null<T>(p.grad_additional_values, b, h, token), false);
+  }
+}
+
+template <class T> void reduce_rpb(const Problem& p, void*, int64_t, int64_t begin, int64_t end) {
+  using A = Accumulate<T>;
+  int64_t table = 1;
+  for (int a = 0; a < kAxes; ++a) table *= 2 * p.axis[a].kernel - 1;
+  const A* partials = static_cast<const A*>(p.rpb_partials);
+  for (int64_t at = begin * table; at < end * table; ++at) {
+    A total = 0;
+    for (int chunk = 0; chunk < kRpbChunks; ++chunk) total += partials[chunk * p.heads * table + at];
+    if (p.rpb_wide) static_cast<float*>(p.grad_rpb.data)[at] = float(total);
+    else narrow(total, static_cast<T*>(p.grad_rpb.data) + at);
+  }
+}
+
+int64_t query_items(const Problem& p) { return items_of(p, p.q_shape); }
+int64_t key_items(const Problem& p) { return items_of(p, p.kv_shape); }
+
+template <class T> cpu::BackwardKernels make() {
+  return {query_items, key_items, Scratch<T>::bytes, prepare<T>, backward_query<T>, backward_key<T>,
+          backward_additional<T>, reduce_rpb<T>};
+}
+}  // namespace
+
+namespace cpu::NATTEN_ISA {
+BackwardKernels backward_kernels(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64: return make<double>();
+    case Dtype::float32: return make<float>();
+    case Dtype::float16: return make<float16>();
+    default: return make<bfloat16>();
+  }
+}
+}  // namespace cpu::NATTEN_ISA
+}  // namespace natten

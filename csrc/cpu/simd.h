@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: MIT
+// Vectors of one instruction set by GCC/Clang vector extensions; the width follows the flags of the including file.
+// No std containers and everything in an unnamed namespace: an inline symbol of a wide object would be weak, and the
+// linker might let older CPUs execute it (tests/test_packaging.py counts weak symbols).
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define NATTEN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define NATTEN_VECTOR_BYTES 32
+#else
+#define NATTEN_VECTOR_BYTES 16
+#endif
+#define NATTEN_INLINE inline __attribute__((always_inline))
+
+namespace natten {
+namespace {
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+template <class A> struct VectorOf { typedef A type __attribute__((vector_size(NATTEN_VECTOR_BYTES))); };
+template <class A> using Vector = typename VectorOf<A>::type;
+template <class A> constexpr int kLanes = NATTEN_VECTOR_BYTES / int(sizeof(A));
+// The type in which an element type is accumulated.
+template <class T> using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// ---- one element ---------------------------------------------------------------------------------------------------
+NATTEN_INLINE double widen(double x) { return x; }
+NATTEN_INLINE float widen(float x) { return x; }
+NATTEN_INLINE float widen(float16 x) { _Float16 h; std::memcpy(&h, &x, 2); return float(h); }
+NATTEN_INLINE float widen(bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f; std::memcpy(&f, &bits, 4); return f;
+}
+NATTEN_INLINE void narrow(double x, double* p) { *p = x; }
+NATTEN_INLINE void narrow(float x, float* p) { *p = x; }
+NATTEN_INLINE void narrow(float x, float16* p) { const _Float16 h = _Float16(x); std::memcpy(p, &h, 2); }
+NATTEN_INLINE void narrow(float x, bfloat16* p) {  // round to nearest even; NaN stays NaN
+  uint32_t bits; std::memcpy(&bits, &x, 4);
+  p->bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// ---- loads ---------------------------------------------------------------------------------------------------------
+NATTEN_INLINE Vector<float> load(const float* p) { Vector<float> v; std::memcpy(&v, p, sizeof v); return v; }
+NATTEN_INLINE Vector<double> load(const double* p) { Vector<double> v; std::memcpy(&v, p, sizeof v); return v; }
+NATTEN_INLINE Vector<float> load(const bfloat16* p) {
+  typedef uint16_t Half __attribute__((vector_size(NATTEN_VECTOR_BYTES / 2)));
+  typedef uint32_t Full __attribute__((vector_size(NATTEN_VECTOR_BYTES)));
+  Half h; std::memcpy(&h, p, sizeof h);
+  return (Vector<float>)(__builtin_convertvector(h, Full) << 16);
+}
+NATTEN_INLINE Vector<float> load(const float16* p) {
+#if defined(__AVX512F__)  // GCC 12 converts _Float16 vectors one by one
+  return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vector<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+// The first `count` lanes, zeros behind them; reads nothing past them.
+template <class T> NATTEN_INLINE Vector<Accumulate<T>> load_part(const T* p, int count) {
+  T padded[kLanes<Accumulate<T>>] = {};
+  std::memcpy(padded, p, size_t(count) * sizeof(T));
+  return load(padded);
+}
+template <class A> NATTEN_INLINE void store(A* p, Vector<A> v) { std::memcpy(p, &v, sizeof v); }
+template <class A> NATTEN_INLINE Vector<A> splat(A x) { return x - Vector<A>{}; }
+
+// ---- arithmetic ----------------------------------------------------------------------------------------------------
+// max(a, b) is b where either is NaN, as the instruction has it.
+NATTEN_INLINE Vector<float> maximum(Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)  // GCC turns the ?: form into compare and blend
+  return (Vector<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// e^x for x <= 0: exactly 0 for -inf, NaN for NaN, relative error 2e-7 (the product with log2 e included at |x| < 8).
+// Below -87 the result is 0 instead of a subnormal number. The magic constant leaves round(y) + 127 in the low
+// mantissa bits, so that the exponent is one shift away.
+NATTEN_INLINE Vector<float> exp_negative(Vector<float> x) {
+  typedef int32_t Bits __attribute__((vector_size(NATTEN_VECTOR_BYTES)));
+  const Vector<float> y = maximum(splat(-127.f), x * 1.44269504f);  // this order keeps a NaN
+  const Vector<float> magic = splat(12582912.f + 127.f);
+  const Vector<float> u = y + magic, f = y - (u - magic);
+  Vector<float> p = f * 1.327647129e-3f + 9.675541893e-3f;
+  p = p * f + 5.550713465e-2f;
+  p = p * f + 2.402212024e-1f;
+  p = p * f + 6.931469440e-1f;
+  p = p * f + 1.0000001192f;
+  return p * (Vector<float>)((Bits)u << 23);
+}
+NATTEN_INLINE Vector<double> exp_negative(Vector<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+template <class A> NATTEN_INLINE A sum(Vector<A> v) {
+  A total = v[0];
+  for (int i = 1; i < kLanes<A>; ++i) total += v[i];
+  return total;
+}
+
+// The four sums of four vectors, to out[0..3].
+NATTEN_INLINE void sums_of_four(const Vector<double>* v, double* out) {
+  for (int i = 0; i < 4; ++i) out[i] = sum<double>(v[i]);
+}
+NATTEN_INLINE void sums_of_four(const Vector<float>* v, float* out) {
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad q[4];
+  for (int i = 0; i < 4; ++i) {
+#if NATTEN_VECTOR_BYTES == 64
+    const auto half = __builtin_shufflevector(v[i], v[i], 0, 1, 2, 3, 4, 5, 6, 7) +
+        __builtin_shufflevector(v[i], v[i], 8, 9, 10, 11, 12, 13, 14, 15);
+#elif NATTEN_VECTOR_BYTES == 32
+    const auto half = v[i];
+#endif
+#if NATTEN_VECTOR_BYTES == 16
+    q[i] = v[i];
+#else
+    q[i] = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#endif
+  }
+  const Quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) + __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
+  const Quad b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) + __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+  const Quad total = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  std::memcpy(out, &total, sizeof total);
+}
+
+}  // namespace
+}  // namespace natten

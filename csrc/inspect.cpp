@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: MIT
+// What the library tells about itself: the window formulas as it computes them (for the parity test) and the
+// instruction set that it runs on.
+#include "common.h"
+
+namespace natten {
+namespace {
+
+// rows of (index, length, kernel, stride, dilation, causal) -> rows of (group, start, end, inverse first, inverse last)
+Tensor windows(const Tensor& rows) {
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == 6 && rows.scalar_type() == ScalarType::Long && rows.is_contiguous(),
+                  "natten: _windows takes a contiguous int64 tensor [n, 6]");
+  const int64_t count = rows.size(0);
+  Tensor out = torch::stable::new_empty(rows, Integers{count, 5});
+  const int64_t* in = static_cast<const int64_t*>(rows.data_ptr());
+  int64_t* to = static_cast<int64_t*>(out.data_ptr());
+  for (int64_t i = 0; i < count; ++i, in += 6, to += 5) {
+    STD_TORCH_CHECK(in[1] >= 1 && in[2] >= 1 && in[3] >= 1 && in[4] >= 1 && in[0] >= 0 && in[0] < in[1], "natten: _windows: bad row ", i);
+    const Axis axis{in[1], in[2], in[3], in[4], in[5] != 0};
+    const Span keys = window(axis, in[0]), queries = inverse_window(axis, in[0]);
+    to[0] = keys.group, to[1] = keys.first, to[2] = keys.end, to[3] = queries.first, to[4] = queries.end - 1;
+  }
+  return out;
+}
+
+int64_t cpu_vector_bytes() { return cpu::vector_bytes(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(natten, m) {
+  m.def("_windows(Tensor rows) -> Tensor");
+  m.def("_cpu_vector_bytes() -> int");
+}
+STABLE_TORCH_LIBRARY_IMPL(natten, CPU, m) { m.impl("_windows", TORCH_BOX(&windows)); }
+STABLE_TORCH_LIBRARY_IMPL(natten, CompositeImplicitAutograd, m) { m.impl("_cpu_vector_bytes", TORCH_BOX(&cpu_vector_bytes)); }
+
+}  // namespace natten

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: MIT
+// The fused op: schemas, and the CPU front of the primitive and its backward. Fake, autograd, autocast, vmap and FLOP
+// rules, and na1d/na2d/na3d over the primitive, are registered in natten_ops/ops/fused.py.
+#include "arguments.h"
+
+namespace natten {
+namespace {
+
+Integers sizes_of(const Tensor& tensor) { return Integers(tensor.sizes().begin(), tensor.sizes().end()); }
+
+// Multiply-adds of one product (queries x window x head dim) over the whole problem, to share out work.
+double work_of(const Problem& p) {
+  double work = double(p.batch) * double(p.heads) * double(p.head_dim + p.value_dim), window = 1;
+  for (int i = 0; i < kAxes; ++i) work *= double(p.q_shape[i]), window *= double(p.axis[i].kernel);
+  return work * (window + double(p.additional));
+}
+
+void check_backend(int64_t backend) {
+  STD_TORCH_CHECK(backend == kChoose || backend == kCpuGeneral, "natten: backend=", backend,
+                  " cannot run on CPU tensors; use 0 (choose) or 1 (cpu-general)");
+}
+
+OptionalTensor dense(const OptionalTensor& table) {  // the bias table is a small parameter: kernels read it densely
+  return table ? OptionalTensor(torch::stable::contiguous(*table)) : table;
+}
+
+std::tuple<Tensor, Tensor> forward_cpu(
+    const Tensor& query, const Tensor& key, const Tensor& value, Integers kernel_size, Integers stride, Integers dilation,
+    Flags is_causal, std::optional<double> scale, OptionalTensor additional_keys, OptionalTensor additional_values,
+    OptionalTensor rpb, OptionalTensor key_mask, Integers q_origin, Integers kv_origin, Integers extent, int64_t backend) {
+  const OptionalTensor table = dense(rpb);
+  const Arguments a{query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys,
+                    additional_values, table, key_mask, q_origin, kv_origin, extent};
+  check_backend(backend);
+  check(a);
+  Integers shape = sizes_of(query);
+  shape.back() = value.size(-1);
+  Tensor out = torch::stable::new_empty(query, shape);
+  shape.pop_back();
+  Tensor lse = torch::stable::new_empty(query, shape, lse_dtype(query));
+  if (lse.numel() == 0) return {out, lse};
+  Problem p = make_problem(a);
+  p.out = rows_of(out, true, a.rank(), true, true);
+  p.lse = rows_of(lse, true, a.rank(), true, false);
+  const cpu::ForwardKernels kernels = cpu::forward_kernels(cpu_dtype(query));
+  run(kernels.forward, p, kernels.query_items(p), kernels.scratch_bytes(p), work_of(p));
+  return {out, lse};
+}
+
+enum Gradient { kQuery, kKey, kValue, kRpb, kAdditionalKeys, kAdditionalValues, kGradients };
+
+// The gradients that are wanted and exist, zero-filled where no kernel will write; size 0 for the others.
+std::vector<Tensor> make_gradients(const Arguments& a, const Flags& needed, Problem& p) {
+  const Tensor* inputs[kGradients] = {&a.query, &a.key, &a.value, a.rpb ? &*a.rpb : nullptr,
+                                      a.additional_keys ? &*a.additional_keys : nullptr,
+                                      a.additional_values ? &*a.additional_values : nullptr};
+  Rows* rows[kGradients] = {&p.grad_query, &p.grad_key, &p.grad_value, &p.grad_rpb, &p.grad_additional_keys, &p.grad_additional_values};
+  const int64_t spatial[kGradients] = {a.rank(), a.rank(), a.rank(), 0, 1, 1};
+  std::vector<Tensor> gradients;
+  for (int i = 0; i < kGradients; ++i) {
+    if (!needed[i] || !inputs[i]) {
+      gradients.push_back(torch::stable::new_empty(a.query, Integers{0}));
+      continue;
+    }
+    gradients.push_back(torch::stable::new_empty(*inputs[i], sizes_of(*inputs[i])));
+    Tensor& gradient = gradients.back();
+    if (i == kRpb) rows[i]->data = gradient.data_ptr();
+    else *rows[i] = rows_of(gradient, true, spatial[i], true, true);
+    if (p.batch == 0 || p.heads == 0) torch::stable::zero_(gradient);
+  }
+  return gradients;
+}
+
+void run_backward(const cpu::BackwardKernels& kernels, Problem& p, const Tensor& partials) {
+  const int64_t scratch = kernels.scratch_bytes(p), queries = kernels.query_items(p);
+  const double work = work_of(p);
+  run(kernels.prepare, p, queries, scratch, work / 8);
+  if (p.grad_rpb.data) {
+    p.rpb_partials = partials.data_ptr();
+    run_parts(kernels.query, p, queries, scratch, kRpbChunks);
+    run_parts(kernels.reduce_rpb, p, p.heads, scratch, 1);
+  } else if (p.grad_query.data) {
+    run(kernels.query, p, queries, scratch, 2 * work);
+  }
+  if (p.grad_key.data || p.grad_value.data) run(kernels.key, p, kernels.key_items(p), scratch, 2 * work);
+  if (p.grad_additional_keys.data || p.grad_additional_values.data)
+    run(kernels.additional, p, p.batch * p.additional, scratch, 2 * work);
+}
+
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+void check_saved(const Arguments& a, const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
+                 const Tensor& lse, const Flags& needed) {
+  STD_TORCH_CHECK(needed.size() == kGradients, "natten: needed has ", needed.size(), " entries, expected ", int(kGradients));
+  Integers shape = sizes_of(a.query);
+  auto require = [&](const char* name, const Tensor& tensor, ScalarType dtype) {
+    STD_TORCH_CHECK(sizes_of(tensor) == shape, "natten: ", name, " does not have the shape of the forward's output");
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, "natten: ", name, " does not have the dtype of the forward's output");
+    STD_TORCH_CHECK(tensor.device() == a.query.device(), "natten: device of ", name, " differs from the query's");
+  };
+  shape.back() = a.value.size(-1);
+  require("out", out, a.query.scalar_type());
+  if (grad_out) require("grad_out", *grad_out, a.query.scalar_type());
+  shape.pop_back();
+  require("lse", lse, lse_dtype(a.query));
+  if (grad_lse) require("grad_lse", *grad_lse, lse_dtype(a.query));
+}
+
+Six backward_cpu(
+    OptionalTensor grad_out, OptionalTensor grad_lse, const Tensor& out, const Tensor& lse, const Tensor& query,
+    const Tensor& key, const Tensor& value, Integers kernel_size, Integers stride, Integers dilation, Flags is_causal,
+    std::optional<double> scale, OptionalTensor additional_keys, OptionalTensor additional_values, OptionalTensor rpb,
+    OptionalTensor key_mask, Integers q_origin, Integers kv_origin, Integers extent, int64_t backend, Flags needed,
+    bool /*deterministic: this backward always is*/) {
+  const OptionalTensor table = dense(rpb);
+  const Arguments a{query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys,
+                    additional_values, table, key_mask, q_origin, kv_origin, extent};
+  check_backend(backend);
+  check(a);
+  check_saved(a, grad_out, grad_lse, out, lse, needed);
+  Problem p = make_problem(a);
+  std::vector<Tensor> g = make_gradients(a, needed, p);
+  Six result{g[0], g[1], g[2], g[3], g[4], g[5]};
+  if (p.batch == 0 || p.heads == 0) return result;
+  const int64_t rank = a.rank();
+  p.out = rows_of(out, true, rank, true, true);
+  p.lse = rows_of(lse, true, rank, true, false);
+  if (grad_out) p.grad_out = rows_of(*grad_out, true, rank, true, true);
+  if (grad_lse) p.grad_lse = rows_of(*grad_lse, true, rank, true, false);
+  const Tensor delta = torch::stable::new_empty(lse, sizes_of(lse)), row_lse = torch::stable::new_empty(lse, sizes_of(lse));
+  p.delta = rows_of(delta, true, rank, true, false);
+  p.row_lse = rows_of(row_lse, true, rank, true, false);
+  const int64_t partials = p.grad_rpb.data ? kRpbChunks * table->numel() : 0;
+  run_backward(cpu::backward_kernels(cpu_dtype(query)), p, torch::stable::new_zeros(lse, Integers{partials}));
+  return result;
+}
+
+}  // namespace
+
+#define NATTEN_SETTINGS "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, "
+
+STABLE_TORCH_LIBRARY_FRAGMENT(natten, m) {
+#define NATTEN_COMPOSITE(rank, flags)                                                                                    \
+  m.def("na" rank "d(Tensor query, Tensor key, Tensor value, int[" rank "] kernel_size, int[" rank "] stride=1, int[" rank \
+        "] dilation=1, bool[" rank "] is_causal=" flags ", float? scale=None, Tensor? additional_keys=None, "              \
+        "Tensor? additional_values=None, *, Tensor? rpb=None, Tensor? key_mask=None) -> Tensor");
+  NATTEN_COMPOSITE("1", "[False]")
+  NATTEN_COMPOSITE("2", "[False, False]")
+  NATTEN_COMPOSITE("3", "[False, False, False]")
+  m.def("neighborhood_attention_lse(Tensor query, Tensor key, Tensor value, " NATTEN_SETTINGS
+        "float? scale=None, Tensor? additional_keys=None, Tensor? additional_values=None, *, Tensor? rpb=None, "
+        "Tensor? key_mask=None, SymInt[] q_origin=[], SymInt[] kv_origin=[], SymInt[] extent=[], int backend=0) "
+        "-> (Tensor out, Tensor lse)");
+  m.def("neighborhood_attention_lse_backward(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor query, "
+        "Tensor key, Tensor value, " NATTEN_SETTINGS
+        "float? scale, Tensor? additional_keys, Tensor? additional_values, Tensor? rpb, Tensor? key_mask, "
+        "SymInt[] q_origin, SymInt[] kv_origin, SymInt[] extent, int backend, bool[] needed, bool deterministic) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_rpb, Tensor grad_additional_keys, "
+        "Tensor grad_additional_values)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(natten, CPU, m) {
+  m.impl("neighborhood_attention_lse", TORCH_BOX(&forward_cpu));
+  m.impl("neighborhood_attention_lse_backward", TORCH_BOX(&backward_cpu));
+}
+
+}  // namespace natten

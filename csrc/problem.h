@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: MIT
+// One neighborhood attention as plain data: what the fronts (*.cpp) fill in and every kernel reads. No torch.
+// Spatial axes are padded to three with leading axes of one token, so that kernels know a single rank.
+#pragma once
+#include "geometry.h"
+
+namespace natten {
+
+constexpr int kAxes = 3;
+
+// A tensor [batch, axes.., head, dim]; strides in elements, 0 where it has no such dimension.
+struct Rows {
+  void* data = nullptr;
+  int64_t batch = 0, token[kAxes] = {0, 0, 0}, head = 0, dim = 1;
+};
+
+struct Problem {
+  int64_t batch, heads, heads_kv, head_dim, value_dim, additional;
+  int64_t q_shape[kAxes], kv_shape[kAxes], q_origin[kAxes], kv_origin[kAxes];
+  Axis axis[kAxes];  // lengths are those of the global grid
+  double scale;
+  Rows query, key, value, additional_keys, additional_values, out, lse;
+  Rows rpb;       // dense; token: strides of the table's axes, dim unused
+  bool rpb_wide;  // the table is float32 beside 16-bit inputs
+  Rows key_mask;
+  // backward
+  Rows grad_out, grad_lse, grad_query, grad_key, grad_value, grad_additional_keys, grad_additional_values, grad_rpb;
+  Rows delta;            // [batch, queries, heads], dtype of lse: rowsum(grad_out * out) - grad_lse
+  Rows row_lse;          // the same shape: lse, with +inf for rows that attend to nothing
+  void* rpb_partials;    // [kRpbChunks, heads, table] in the dtype of lse
+};
+
+// Partial sums of the bias gradient: a constant number, so that the result does not depend on the number of threads.
+constexpr int kRpbChunks = 16;
+
+}  // namespace natten

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: MIT
+"""The compiler's workshop (installed as natten_ops.lowerings), imported only while something compiles.
+
+Today the ops are extern calls in compiled graphs. What this room does already is to salt Inductor's caches: a graph
+that was compiled by another version of these rules must not be taken from a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from pathlib import Path
+
+import torch
+
+
+def salt() -> str:
+    """The version and a hash of every file in this folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in {".py", ".jinja"}:
+            digest.update(path.read_bytes())
+    return f"|natten_ops:{importlib.metadata.version('natten-ops')}:{digest.hexdigest()[:16]}"
+
+
+if __name__ != "natten_ops.lowerings":
+    raise ImportError("import natten_ops.lowerings, not a bare `lowerings`: its rules would be registered twice")
+torch.compiler.config.cache_key_tag += salt()  # append: the tag belongs to the user

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Finds and loads the shared libraries that define `torch.ops.natten`, once; tells what was loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+import natten_ops
+
+CPU_LIBRARY = "libnatten_ops.so"
+CUDA_LIBRARY = "libnatten_ops_cuda.so"
+# An op of ours that somebody else has defined would be defined twice, which ends the process.
+OWN_OPS = ("na1d", "na2d", "na3d", "neighborhood_attention_lse", "merge_attentions")
+_VECTOR_NAMES = {16: "default", 32: "avx2", 64: "avx512"}
+
+
+def _find(name: str) -> str | None:
+    # Two folders in an editable install: the sources and the built libraries.
+    for folder in natten_ops.__path__:
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return path
+    return None
+
+
+def _load_cpu() -> str:
+    path = _find(CPU_LIBRARY)
+    if path is None:
+        raise ImportError(
+            f"{CPU_LIBRARY} is in none of {list(natten_ops.__path__)}: the package is a source folder or a broken "
+            f"install; run `pip install .` (or `make build`) in the source folder"
+        )
+    if path not in torch.ops.loaded_libraries:
+        foreign = [op for op in OWN_OPS if torch._C._jit_get_schemas_for_operator(f"natten::{op}")]
+        if foreign:
+            raise ImportError(
+                f"torch.ops.natten.{foreign[0]} is defined already, by another library of this process "
+                f"({sorted(torch.ops.loaded_libraries) or 'unknown'}); import only one of them"
+            )
+        torch.ops.load_library(path)
+    return path
+
+
+def _load_cuda() -> str | None:
+    path = _find(CUDA_LIBRARY) if torch.version.cuda is not None else None
+    if path is not None and path not in torch.ops.loaded_libraries:
+        torch.ops.load_library(path)
+    return path
+
+
+_cpu_path = _load_cpu()
+_cuda_path = _load_cuda()
+has_cuda_kernels = _cuda_path is not None
+
+
+def library_path() -> str:
+    """The file of the CPU library, for C++ programs that `dlopen` it and for `cmake` (see `examples/cpp`)."""
+    return _cpu_path
+
+
+def show_config() -> str:
+    """Versions, instruction set, libraries and devices: what a bug report needs.
+
+    Example:
+        >>> import natten_ops
+        >>> "natten_ops" in natten_ops.show_config()
+        True
+    """
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines = {
+        "natten_ops": importlib.metadata.version("natten-ops"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu kernels": f"{_VECTOR_NAMES[torch.ops.natten._cpu_vector_bytes()]} ({_cpu_path})",
+        "cpu threads": str(torch.get_num_threads()),
+        "cuda kernels": _cuda_path or "not built into this install",
+        "cuda of torch": str(torch.version.cuda),
+        "cuda devices": ", ".join(devices) or "none",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""The backends as records of facts, and the one rule that chooses among them.
+
+A backend takes a problem if it has no reason not to (`why_not`); the first of `BACKENDS` without a reason is chosen.
+The facts also make the table in the README. Ids are those of `csrc/arguments.h`; 0 means choose.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from natten_ops import _library
+
+ALL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Problem(NamedTuple):
+    """What a choice of backend depends on."""
+
+    device: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} tensors on {self.device}"
+
+
+class Backend(NamedTuple):
+    """Facts of one backend. `id` is None where it is no kernel of the op but plain torch, run only when named."""
+
+    name: str
+    id: int | None
+    devices: tuple[str, ...] | None  # None: every device
+    dtypes: tuple[torch.dtype, ...]
+    backward: bool
+    deterministic: bool
+    compiles: str
+    verified_on: str  # the hardware on which the tests have run
+    note: str
+
+    def why_not(self, problem: Problem) -> list[str]:
+        """Every reason why this backend cannot run the problem; empty if it can."""
+        reasons = []
+        if self.devices is not None and problem.device not in self.devices:
+            reasons.append(f"runs on {', '.join(self.devices)} tensors, not on {problem.device}")
+        if problem.dtype not in self.dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            reasons.append(f"takes {names}, not {str(problem.dtype).removeprefix('torch.')}")
+        return reasons
+
+
+BACKENDS = (
+    Backend(
+        name="cpu-general",
+        id=1,
+        devices=("cpu",),
+        dtypes=ALL_DTYPES,
+        backward=True,
+        deterministic=True,
+        compiles="as an extern call",
+        verified_on="x86-64 with AVX2 and AVX-512",
+        note="every option, any head dim, any strides",
+    ),
+    Backend(
+        name="reference",
+        id=None,
+        devices=None,
+        dtypes=ALL_DTYPES,
+        backward=True,
+        deterministic=False,
+        compiles="as ATen ops",
+        verified_on="x86-64",
+        note="plain torch, slow, gathers every window; only when named",
+    ),
+)
+NAMES = tuple(backend.name for backend in BACKENDS)
+
+
+def by_name(name: str) -> Backend:
+    """The record of a backend; an unknown name is a ValueError that lists the known ones."""
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"backend={name!r} is unknown; the backends of this version are {', '.join(NAMES)}")
+
+
+def choose(problem: Problem) -> Backend:
+    """The first backend that is a kernel and has no reason against the problem; raises with every reason if none."""
+    for backend in BACKENDS:
+        if backend.id is not None and not backend.why_not(problem):
+            return backend
+    raise ValueError(_no_backend(problem))
+
+
+def require(name: str, problem: Problem) -> Backend:
+    """The named backend, or a ValueError with its reasons: a named backend never falls back."""
+    backend = by_name(name)
+    reasons = backend.why_not(problem)
+    if reasons:
+        raise ValueError(f"backend={name!r} cannot run {problem}: it {'; it '.join(reasons)}")
+    return backend
+
+
+def _no_backend(problem: Problem) -> str:
+    lines = [f"no kernel of natten_ops runs {problem}:"]
+    lines += [f"  {b.name}: {'; '.join(b.why_not(problem))}" for b in BACKENDS if b.id is not None]
+    if problem.device == "cuda" and not _library.has_cuda_kernels:
+        lines.append(f"  this install has no {_library.CUDA_LIBRARY}: {CUDA_MISSING}")
+    lines.append(
+        'The way out: move the tensors to the CPU, or pass backend="reference" (plain torch, slow, any device).'
+    )
+    return "\n".join(lines)
+
+
+CUDA_MISSING = "CUDA kernels are not part of this version yet"

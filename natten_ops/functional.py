@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: MIT
+"""The counter where users are served: arguments normalised and checked, then one op called.
+
+`na1d`, `na2d` and `na3d` are one body behind three front doors. Every mistake of a user is a ValueError or TypeError
+from here that names the argument, its value, the bound and the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from natten_ops import backends, ops, reference  # noqa: F401  (ops registers the rules)
+from natten_ops.geometry.params import make_box, make_params
+from natten_ops.ops.arguments import check_inputs, check_scale
+from natten_ops.reference import Inputs
+
+_FRONT_DOOR = """{rank}-D neighborhood attention: out = softmax(scale * q.k + bias over the window of each query) . v
+
+    Args:
+        query: `[batch, {axes}, heads, head_dim]`, float64, float32, float16 or bfloat16, any strides.
+        key: `[batch, {axes}, heads_kv, head_dim]`; heads must be a multiple of heads_kv (grouped-query attention).
+        value: `[batch, {axes}, heads_kv, value_dim]`.
+        kernel_size: window size in tokens, an int or one per axis; kernel_size * dilation <= tokens of the axis.
+        stride: queries that share a window, in tokens, 1 (each its own) to kernel_size (blocked attention).
+        dilation: distance of the keys of a window, in tokens.
+        is_causal: a bool or one per axis: keys after the query are invisible on that axis.
+        scale: factor of the dot products; None means head_dim ** -0.5.
+        additional_keys: `[batch, tokens, heads_kv, head_dim]`, visible to every query, in the same softmax.
+        additional_values: `[batch, tokens, heads_kv, value_dim]`; both or none.
+        rpb: relative positional bias `[heads, {table}]`, added to the scaled dot products; trains;
+            stride 1 only; may be float32 beside 16-bit inputs.
+        key_mask: bool `[batch, {axes}]`, True where a key may be attended.
+        return_lse: also return the log-sum-exp of every row.
+        backend: name of a backend, or None to choose; a named one never falls back.
+
+    Returns:
+        `[batch, {axes}, heads, value_dim]` in the query's dtype; with return_lse also
+        `[batch, {axes}, heads]` in float32 (float64 for float64 inputs), -inf for a row that sees nothing.
+        `torch.export` shows `natten.na{rank}d`, or `natten.neighborhood_attention_lse` with return_lse or a backend.
+
+    Raises:
+        ValueError, TypeError: what is wrong, its value, the bound and the way out.
+
+    Source: Hassani et al., "Neighborhood Attention Transformer", 2023; "Dilated Neighborhood Attention Transformer", 2022.
+
+    Example:
+        >>> import torch, natten_ops
+        >>> query, key, value = torch.randn(3, 1, {example}, 4, 32).unbind(0)
+        >>> natten_ops.na{rank}d(query, key, value, kernel_size=3, dilation=2).shape
+        torch.Size([1, {example}, 4, 32])
+"""
+
+
+class FrontDoor(Protocol):
+    """The signature of na1d, na2d and na3d."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] = False,
+        scale: float | None = None,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        *,
+        rpb: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        return_lse: bool = False,
+        backend: str | None = None,
+        **unknown: object,
+    ) -> Any: ...
+
+
+def _front_door(rank: int) -> FrontDoor:
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] = False,
+        scale: float | None = None,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        *,
+        rpb: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        return_lse: bool = False,
+        backend: str | None = None,
+        **unknown: object,
+    ) -> Any:
+        inputs = Inputs(query, key, value, additional_keys, additional_values, rpb, key_mask)
+        windows = kernel_size, stride, dilation, is_causal
+        return _attend(f"na{rank}d", rank, inputs, windows, scale, (), return_lse, backend, unknown)
+
+    attend.__name__ = attend.__qualname__ = f"na{rank}d"
+    axes = ", ".join(("z", "y", "x")[-rank:])
+    table = ", ".join(["2 * kernel_size - 1"] * rank)
+    attend.__doc__ = _FRONT_DOOR.format(rank=rank, axes=axes, table=table, example=", ".join(["8"] * rank))
+    return attend
+
+
+na1d, na2d, na3d = (_front_door(rank) for rank in (1, 2, 3))
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    rpb: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    q_origin: Sequence[int] = (),
+    kv_origin: Sequence[int] = (),
+    extent: Sequence[int] = (),
+    return_lse: bool = False,
+    backend: str | None = None,
+    **unknown: object,
+) -> Any:
+    """Neighborhood attention of the rank that the query has: softmax(scale * q.k + bias over each window) . v
+
+    Takes what `na2d` takes and returns what it returns. It alone takes sub-boxes of a larger grid: the query tensor
+    then holds the tokens from `q_origin` on, key and value those from `kv_origin` on, of a grid of `extent` tokens an
+    axis, and windows, dilation and borders are those of the grid. Keys must cover the windows of all queries.
+
+    Args:
+        query: `[batch, *spatial, heads, head_dim]` with 1 to 3 spatial axes.
+        q_origin, kv_origin, extent: one int an axis, in tokens; all three or none.
+
+    Raises:
+        ValueError, TypeError: what is wrong, its value, the bound and the way out.
+
+    Example:
+        >>> import torch, natten_ops
+        >>> query, key, value = torch.randn(3, 1, 16, 4, 32).unbind(0)
+        >>> whole = natten_ops.neighborhood_attention(query, key, value, kernel_size=5)
+        >>> right = natten_ops.neighborhood_attention(
+        ...     query[:, 8:], key[:, 6:], value[:, 6:], kernel_size=5, q_origin=[8], kv_origin=[6], extent=[16])
+        >>> torch.testing.assert_close(whole[:, 8:], right)
+    """
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query is a {type(query).__name__}; give a torch.Tensor")
+    rank = query.dim() - 3
+    if rank not in (1, 2, 3):
+        raise ValueError(f"query has shape {list(query.shape)}; give [batch, 1 to 3 spatial axes, heads, head dim]")
+    inputs = Inputs(query, key, value, additional_keys, additional_values, rpb, key_mask)
+    windows, box = (kernel_size, stride, dilation, is_causal), (q_origin, kv_origin, extent)
+    return _attend("neighborhood_attention", rank, inputs, windows, scale, box, return_lse, backend, unknown)
+
+
+def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge attentions of the same queries over disjoint keys: out = sum_i exp(l_i - l) o_i, l = log sum_i exp(l_i)
+
+    Args:
+        outputs: tensors `[batch, *spatial, heads, value_dim]` of one shape and dtype.
+        lses: their log-sum-exps `[batch, *spatial, heads]`, float32 or float64; -inf rows weigh nothing.
+
+    Returns:
+        (out, lse); gradients flow through both and to all outputs and lses.
+
+    Raises:
+        ValueError: empty or unequal lists, shapes that do not fit.
+
+    Example:
+        >>> import torch, natten_ops
+        >>> query, key, value = torch.randn(3, 1, 8, 4, 32).unbind(0)
+        >>> near = natten_ops.na1d(query, key, value, kernel_size=3, return_lse=True)
+        >>> far = natten_ops.na1d(query, key, value, kernel_size=3, dilation=2, return_lse=True)
+        >>> natten_ops.merge_attentions([near[0], far[0]], [near[1], far[1]])[0].shape
+        torch.Size([1, 8, 4, 32])
+    """
+    if len(outputs) == 0 or len(outputs) != len(lses):
+        raise ValueError(
+            f"merge_attentions got {len(outputs)} outputs and {len(lses)} lses; give at least one of each, paired"
+        )
+    for i, (out, lse) in enumerate(zip(outputs, lses)):
+        if out.shape != outputs[0].shape or out.dtype != outputs[0].dtype:
+            raise ValueError(
+                f"outputs[{i}] is {out.dtype} {list(out.shape)}, outputs[0] {outputs[0].dtype} {list(outputs[0].shape)}"
+            )
+        if lse.shape != out.shape[:-1] or lse.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"lses[{i}] is {lse.dtype} {list(lse.shape)}, expected float32 or float64 {list(out.shape[:-1])}"
+            )
+    merged: tuple[Tensor, Tensor] = torch.ops.natten.merge_attentions(list(outputs), list(lses))
+    return merged
+
+
+# ---- behind the counter --------------------------------------------------------------------------------------------
+
+
+def _attend(
+    name: str,
+    rank: int,
+    inputs: Inputs,
+    windows: tuple[Any, Any, Any, Any],
+    scale: float | None,
+    box_settings: tuple[Any, ...],
+    return_lse: bool,
+    backend: str | None,
+    unknown: dict[str, object],
+) -> Any:
+    if unknown:
+        raise TypeError(
+            f"{name}() got an unexpected keyword argument {next(iter(unknown))!r}; arguments of the natten package "
+            f"(tile shapes, backend settings) are taken by natten_ops.compat, not here"
+        )
+    params = make_params(rank, *windows)
+    box = make_box(rank, *box_settings) if box_settings else None
+    check_scale(scale)
+    unified = isinstance(inputs.query, Tensor) and torch.is_autocast_enabled(inputs.query.device.type)
+    check_inputs(inputs, params, box, same_dtype=not unified)
+    number = _backend_number(inputs, backend)
+    if number is None:
+        out, lse = reference.forward(inputs, params, box, scale)
+        return (out, lse) if return_lse else out
+    # Sub-boxes go on as they came: sizes filled in here would recompile at every shape.
+    core = *inputs[:3], *params, scale, inputs.additional_keys, inputs.additional_values
+    if number == 0 and box is None and not return_lse:
+        return getattr(torch.ops.natten, f"na{rank}d")(*core, rpb=inputs.rpb, key_mask=inputs.key_mask)
+    q_origin, kv_origin, extent = box if box is not None else ((), (), ())
+    out, lse = torch.ops.natten.neighborhood_attention_lse(
+        *core,
+        rpb=inputs.rpb,
+        key_mask=inputs.key_mask,
+        q_origin=q_origin,
+        kv_origin=kv_origin,
+        extent=extent,
+        backend=number,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _backend_number(inputs: Inputs, backend: str | None) -> int | None:
+    """The op's backend id: 0 where the kernels choose, None for the reference, which is no kernel."""
+    device = inputs.query.device.type
+    problem = backends.Problem(device, inputs.query.dtype)
+    if backend is not None:
+        return backends.require(backend, problem).id
+    shapes_only = device == "meta" or (
+        isinstance(inputs.query, torch._subclasses.FakeTensor) and not _really_compiling()
+    )
+    if not shapes_only:
+        backends.choose(problem)
+    return 0
+
+
+def _really_compiling() -> bool:
+    """Compiling for this process, not exporting for another one."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()

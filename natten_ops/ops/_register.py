@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""How a rule is registered, for all ops alike, and the doorbell that wakes the compiler's workshop.
+
+`torch.library.register_autograd` is not used: `torch.func` transforms raise with it and forward mode is silently zero.
+An autograd kernel here is an autograd.Function applied at one level, so the op behaves like a built-in one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._functorch.autograd_function import custom_function_call_vmap_helper
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
+
+from natten_ops import _library
+
+LIBRARY = torch.library.Library("natten", "FRAGMENT")
+SingleLevelFunction = _SingleLevelFunction
+LOWERINGS = "natten_ops.lowerings"
+
+
+def wake() -> None:
+    """Called by every fake kernel, which runs before any lowering is asked for: eager users never import Inductor."""
+    if torch.compiler.is_compiling() and LOWERINGS not in sys.modules:
+        importlib.import_module(LOWERINGS)
+
+
+def below_autograd(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the next kernel with gradients switched on again.
+
+    Under torch.func the next kernel is the next *level*, which must be able to record its own graph;
+    autograd.Function switches gradients off in forward, and second derivatives would silently be zero.
+    """
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return op(*args, **kwargs)
+
+
+def records_derivatives(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether some level wants derivatives; levels and forward mode cannot be read off requires_grad."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def register_autograd(name: str, op: Any, function: Any, split: Callable[..., tuple[Any, Sequence[Any]]]) -> None:
+    """Install `function` as the Autograd kernel of `op`; `split` brings the op's arguments to (settings, tensors)."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        settings, tensors = split(*args, **kwargs)
+        if not records_derivatives(tensors):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args, **kwargs)
+        with enable_single_level_autograd_function():
+            return function.apply(settings, *tensors)
+
+    LIBRARY.impl(name, kernel, "Autograd")
+
+
+def register_composite(name: str, function: Callable[..., Any]) -> None:
+    """A composition of other ops; under FuncTorchBatched as well, or vmap would run it sample by sample."""
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):
+        LIBRARY.impl(name, function, key)
+
+
+def register_autocast(name: str, casting: Callable[..., Callable[[torch.dtype, str], Any]]) -> None:
+    """Follow the active autocast dtype on CPU and CUDA (`torch.library.register_autocast` would fix one for ever)."""
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        own_key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        LIBRARY.impl(name, _autocast_kernel(device_type, own_key, casting), key)
+
+
+def _autocast_kernel(device_type: str, own_key: Any, casting: Callable[..., Any]) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(own_key):
+            return casting(*args, **kwargs)(torch.get_autocast_dtype(device_type), device_type)
+
+    return kernel
+
+
+def register_vmap(
+    name: str,
+    split: Callable[..., tuple[Any, Sequence[Any]]],
+    call: Callable[[Any, Sequence[Any]], Any],
+    rule: Callable[[int, Sequence[int | None], Any, Sequence[Any]], Any],
+) -> None:
+    """Install a batching rule (size, mapped dims, settings, tensors) -> (outputs, their mapped dims).
+
+    `torch.library.register_vmap` refuses ops with keyword-only tensors; the helper behind it does not mind once the
+    tensors are positional.
+    """
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        settings, tensors = split(*args, **kwargs)
+
+        def batched(info: Any, dims: Sequence[int | None], *unwrapped: Any) -> Any:
+            return rule(info.batch_size, dims, settings, unwrapped)
+
+        interpreter: Any = retrieve_current_functorch_interpreter()
+        return custom_function_call_vmap_helper(interpreter, batched, lambda *t: call(settings, t), *tensors)
+
+    LIBRARY.impl(name, kernel, "FuncTorchBatched")
+
+
+def register_missing_cuda(name: str, message: str) -> None:
+    """Without the CUDA library a CUDA call raises our sentence instead of the dispatcher's."""
+    if _library.has_cuda_kernels:
+        return
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError(message)
+
+    LIBRARY.impl(name, kernel, "CUDA")
