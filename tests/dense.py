@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""The same attention by torch's own op on a dense mask: the yardstick for the error that a dtype may make."""
+
+import math
+
+import torch
+from samples import Problem, differentiable, with_tensors
+from torch import Tensor
+
+from natten_ops import reference
+from natten_ops.geometry.masks import dense_mask
+from natten_ops.reference import Inputs
+
+
+def dense_attention(inputs: Inputs, problem: Problem) -> Tensor:
+    """out by scaled_dot_product_attention with every hidden pair at -inf, in the dtype of the inputs."""
+    group = problem.group
+    query, key, value = (t.flatten(1, -3).transpose(1, 2) for t in inputs[:3])
+    bias = _bias(inputs, problem)
+    if inputs.additional_keys is not None and inputs.additional_values is not None:
+        key = torch.cat([key, inputs.additional_keys.transpose(1, 2)], dim=2)
+        value = torch.cat([value, inputs.additional_values.transpose(1, 2)], dim=2)
+        bias = torch.nn.functional.pad(bias, (0, inputs.additional_keys.shape[1]))
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=problem.scale)
+    out = out.masked_fill((bias == -math.inf).all(-1, keepdim=True), 0.0)
+    return out.transpose(1, 2).reshape(*inputs.query.shape[:-1], inputs.value.shape[-1])
+
+
+def _bias(inputs: Inputs, problem: Problem) -> Tensor:
+    params, box = problem.geometry()
+    q_shape, kv_shape = problem.shapes()
+    visible = dense_mask(params, q_shape, kv_shape, box)[None, None]
+    if inputs.key_mask is not None:
+        visible = visible & inputs.key_mask.flatten(1)[:, None, None]
+    bias = inputs.query.new_zeros(1, inputs.query.shape[-2], visible.shape[-2], visible.shape[-1])
+    if inputs.rpb is not None:
+        slots = reference.window_slots(inputs, params, box)
+        entries = inputs.rpb.to(bias.dtype).flatten(1)[:, slots.bias_NS] * slots.visible_NS
+        index = slots.key_NS.expand(bias.shape[1], -1, -1)
+        bias = bias[0].scatter_add(2, index, entries)[None]
+    return bias.masked_fill(~visible, -math.inf)
+
+
+def errors_of_torch(inputs: Inputs, problem: Problem, grad_out: Tensor) -> tuple[float, list[float]]:
+    """Largest error of torch's op in the inputs' dtype against float64: of out, and of each gradient."""
+    results = []
+    for dtype in (torch.float64, inputs.query.dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in differentiable(inputs)]
+        out = dense_attention(with_tensors(inputs, leaves), problem)
+        results.append((out.detach(), torch.autograd.grad(out, leaves, grad_out.to(dtype))))
+    (exact, exact_grads), (out, grads) = results
+    return worst(out, exact), [worst(g, e) for g, e in zip(grads, exact_grads)]
+
+
+def worst(have: Tensor, want: Tensor) -> float:
+    """Largest absolute difference; 0 for empty tensors."""
+    return (have.double() - want.double()).abs().max().item() if have.numel() else 0.0
