@@ -16,6 +16,9 @@ from natten_ops import _library
 ALL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+CUDA_MISSING = "CUDA kernels are not part of this version yet"
+
+
 class Problem(NamedTuple):
     """What a choice of backend depends on."""
 
@@ -113,4 +116,14 @@ def _no_backend(problem: Problem) -> str:
     return "\n".join(lines)
 
 
-CUDA_MISSING = "CUDA kernels are not part of this version yet"
+def table() -> str:
+    """What works where, in Markdown; the README holds this text."""
+    head = ("backend", "devices", "dtypes", "backward", "`torch.compile`", "`torch.export`", "has run on", "notes")
+    rows = [head, ("---",) * len(head)]
+    for b in BACKENDS:
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in b.dtypes)
+        devices = "any" if b.devices is None else ", ".join(b.devices)
+        backward = ("yes" if b.backward else "no") + (", deterministic" if b.deterministic else "")
+        exports = "as ATen ops" if b.id is None else "as `natten` ops"
+        rows.append((f"`{b.name}`", devices, dtypes, backward, b.compiles, exports, b.verified_on, b.note))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

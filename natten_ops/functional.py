@@ -7,6 +7,7 @@ from here that names the argument, its value, the bound and the way out.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from natten_ops import backends, ops, reference  # noqa: F401  (ops registers th
 from natten_ops.geometry.params import make_box, make_params
 from natten_ops.ops.arguments import check_inputs, check_scale
 from natten_ops.reference import Inputs
+
+_log = logging.getLogger("natten_ops")
 
 _FRONT_DOOR = """{rank}-D neighborhood attention: out = softmax(scale * q.k + bias over the window of each query) . v
 
@@ -257,7 +260,9 @@ def _backend_number(inputs: Inputs, backend: str | None) -> int | None:
         isinstance(inputs.query, torch._subclasses.FakeTensor) and not _really_compiling()
     )
     if not shapes_only:
-        backends.choose(problem)
+        chosen = backends.choose(problem)
+        if not torch.compiler.is_compiling():  # a logger's call would break the graph
+            _log.debug("%s runs %s", chosen.name, problem)
     return 0
 
 

@@ -18,7 +18,7 @@ import torch
 
 def window(index: int, length: int, kernel: int, stride: int, dilation: int, causal: bool) -> list[int]:
     """The key coordinates, ascending, that the query at ``index`` sees on one axis of ``length`` positions."""
-    assert 0 <= index < length and 1 <= kernel and kernel * dilation <= length and 1 <= stride <= kernel
+    assert 0 <= index < length and kernel >= 1 and kernel * dilation <= length and 1 <= stride <= kernel
     group = [position for position in range(length) if position % dilation == index % dilation]
     place = group.index(index)
     # Queries are taken `stride` at a time; all of them follow one leader (the last block may be cut short).
@@ -103,8 +103,7 @@ def neighborhood_attention_lse(
     rank = q.ndim - 3
     batch, q_box, heads, head_dim = q.shape[0], q.shape[1:-2], q.shape[-2], q.shape[-1]
     kv_box, kv_heads, value_dim = k.shape[1:-2], k.shape[-2], v.shape[-1]
-    q_corner = tuple(q_origin) or (0,) * rank
-    kv_corner = tuple(kv_origin) or (0,) * rank
+    q_corner, kv_corner = tuple(q_origin) or (0,) * rank, tuple(kv_origin) or (0,) * rank
     grid = tuple(extent) or kv_box
     axes = list(zip(grid, kernel_size, stride, dilation, is_causal, strict=True))
     assert len(axes) == rank and v.shape[:-1] == k.shape[:-1] and k.shape[-1] == head_dim
@@ -138,7 +137,5 @@ def neighborhood_attention_lse(
                 for token in range(extra_k.shape[1]):
                     logits.append(factor * float(numpy.dot(q[(b, *row, head)], extra_k[b, token, kv_head])))
                     rows.append(extra_v[b, token, kv_head])
-            mean, total = softmax_average(logits, rows, value_dim)
-            out[(b, *row, head)] = mean
-            lse[(b, *row, head)] = total
+            out[(b, *row, head)], lse[(b, *row, head)] = softmax_average(logits, rows, value_dim)
     return torch.from_numpy(out), torch.from_numpy(lse)

@@ -64,9 +64,7 @@ class Problem:
         assert self.box is not None
         origin, shape = self.box
         params = self.params()
-        return [
-            axis_keys_needed(origin[a], shape[a], self.spatial[a], *params.axis(a)) for a in range(self.rank)
-        ]
+        return [axis_keys_needed(origin[a], shape[a], self.spatial[a], *params.axis(a)) for a in range(self.rank)]
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Spatial shapes of query and key."""
@@ -194,5 +192,3 @@ def problems(draw: Any, max_rank: int = 3) -> Problem:
         box=box,
         transposed=draw(st.booleans()),
     )
-
-

@@ -11,8 +11,9 @@ Neighborhood Attention" (2025); restated and extended to sub-boxes in `docs/sema
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 AXIS_NAMES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x")}
 
@@ -177,13 +178,19 @@ def make_params(
 
 
 def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
-    values = _broadcast(name, value, rank, "int")
+    values = tuple(
+        _integer(f"{name}[{axis}]", entry) for axis, entry in enumerate(_broadcast(name, value, rank, "int"))
+    )
     for axis, number in enumerate(values):
-        if isinstance(number, bool) or not hasattr(number, "__index__"):
-            raise TypeError(f"{name}[{axis}]={number!r} is a {type(number).__name__}; give an int >= 1")
         if number < 1:
             raise ValueError(f"{name}[{axis}]={number} must be at least 1")
-    return tuple(number.__index__() for number in values)
+    return values
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an int >= 1")
+    return operator.index(value)
 
 
 def _flags(name: str, value: Any, rank: int) -> tuple[bool, ...]:

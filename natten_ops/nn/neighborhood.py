@@ -14,34 +14,37 @@ from natten_ops.geometry.params import make_params
 RPB_STD = 0.02  # of the truncated normal that initialises a bias table, as in Swin and NAT
 
 
+_DOC = """proj(na(qkv(x))): multi-head self-attention of every token to its {rank}-D neighborhood.
+
+Args:
+    embed_dim: channels of input and output; a multiple of num_heads.
+    num_heads: query heads.
+    kernel_size, stride, dilation, is_causal: as in `natten_ops.na{rank}d`, in tokens.
+    rel_pos_bias: train a bias table `[num_heads, 2 * kernel_size - 1 an axis]` (stride 1 only).
+    num_kv_heads: key/value heads, a divisor of num_heads; None means num_heads.
+    qkv_bias: bias of the query/key/value projection.
+    qk_scale: factor of the dot products; None means head_dim ** -0.5.
+    proj_drop: dropout probability after the output projection.
+    device, dtype: of the parameters.
+
+Shape:
+    `[batch, {axes}, embed_dim]` in and out.
+
+Raises:
+    ValueError, TypeError: settings that do not fit, with the way out.
+
+Source: Hassani et al., "Neighborhood Attention Transformer", 2023.
+
+Example:
+    >>> import torch, natten_ops
+    >>> layer = natten_ops.nn.NeighborhoodAttention{rank}D(64, num_heads=4, kernel_size=3, rel_pos_bias=True)
+    >>> layer(torch.randn(1, {example}, 64)).shape
+    torch.Size([1, {example}, 64])
+"""
+
+
 class _NeighborhoodAttention(nn.Module):
-    """proj(na(qkv(x))): multi-head self-attention of every token to its {rank}-D neighborhood.
-
-    Args:
-        embed_dim: channels of input and output; a multiple of num_heads.
-        num_heads: query heads.
-        kernel_size, stride, dilation, is_causal: as in `natten_ops.na{rank}d`, in tokens.
-        rel_pos_bias: train a bias table `[num_heads, 2 * kernel_size - 1 an axis]` (stride 1 only).
-        num_kv_heads: key/value heads, a divisor of num_heads; None means num_heads.
-        qkv_bias: bias of the query/key/value projection.
-        qk_scale: factor of the dot products; None means head_dim ** -0.5.
-        proj_drop: dropout probability after the output projection.
-        device, dtype: of the parameters.
-
-    Shape:
-        `[batch, {axes}, embed_dim]` in and out.
-
-    Raises:
-        ValueError, TypeError: settings that do not fit, with the way out.
-
-    Source: Hassani et al., "Neighborhood Attention Transformer", 2023.
-
-    Example:
-        >>> import torch, natten_ops
-        >>> layer = natten_ops.nn.NeighborhoodAttention{rank}D(64, num_heads=4, kernel_size=3, rel_pos_bias=True)
-        >>> layer(torch.randn(1, {example}, 64)).shape
-        torch.Size([1, {example}, 64])
-    """
+    """One body for all ranks; `rank` is set by the subclasses, which carry the documentation."""
 
     rank: int
 
@@ -130,7 +133,7 @@ class _NeighborhoodAttention(nn.Module):
 
 def _of_rank(rank: int) -> type[_NeighborhoodAttention]:
     axes = ", ".join(("z", "y", "x")[-rank:])
-    doc = (_NeighborhoodAttention.__doc__ or "").format(rank=rank, axes=axes, example=", ".join(["8"] * rank))
+    doc = _DOC.format(rank=rank, axes=axes, example=", ".join(["8"] * rank))
     name = f"NeighborhoodAttention{rank}D"
     return type(
         name, (_NeighborhoodAttention,), {"rank": rank, "__doc__": doc, "__module__": __name__, "__qualname__": name}

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""The records of facts: true of the library, the one rule of choice, and the table in the README made from them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from samples import NAMED, run
+
+import natten_ops
+from natten_ops import backends
+from natten_ops.ops import fused
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_ids_are_those_of_the_library():
+    """The op takes 0 and the ids of the CPU backends, and nothing else."""
+    inputs = NAMED["plain"].make(torch.float32)
+    known = {b.id for b in backends.BACKENDS if b.id is not None and "cpu" in (b.devices or ())}
+    for number in range(-1, 20):
+        settings = NAMED["plain"].settings()._replace(backend=number)
+        if number == 0 or number in known:
+            fused._call_forward(settings, inputs)
+        else:
+            with pytest.raises(RuntimeError, match=f"backend={number} cannot run on CPU"):
+                fused._call_forward(settings, inputs)
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("dtype", backends.ALL_DTYPES, ids=str)
+def test_facts_are_true(backend, dtype):
+    """A backend runs forward and backward in each dtype that its record names."""
+    inputs = NAMED["plain"].make(dtype)
+    assert backend.why_not(backends.Problem("cpu", dtype)) == []
+    query = inputs.query.requires_grad_()
+    out = natten_ops.na2d(query, inputs.key, inputs.value, kernel_size=(3, 5), backend=backend.name)
+    out.sum().backward()
+    assert backend.backward and query.grad is not None
+    torch.testing.assert_close(out, run(inputs, NAMED["plain"])[0])
+
+
+def test_choice_takes_the_first_without_a_reason():
+    assert backends.choose(backends.Problem("cpu", torch.float32)).name == "cpu-general"
+    with pytest.raises(ValueError) as error:
+        backends.choose(backends.Problem("xpu", torch.float32))
+    for part in ("xpu", "cpu-general: runs on cpu tensors", 'backend="reference"'):
+        assert part in str(error.value)
+
+
+def test_cuda_without_the_cuda_library_says_so():
+    with pytest.raises(ValueError, match="libnatten_ops_cuda.so"):
+        backends.choose(backends.Problem("cuda", torch.float16))
+
+
+def test_names_are_unique_and_ids_too():
+    ids = [b.id for b in backends.BACKENDS if b.id is not None]
+    assert len(set(backends.NAMES)) == len(backends.BACKENDS) and len(set(ids)) == len(ids) and 0 not in ids
+
+
+def test_the_table_in_the_readme_is_made_from_the_records():
+    assert backends.table() in README.read_text(), (
+        "run: python -c 'from natten_ops import backends; print(backends.table())'"
+    )
