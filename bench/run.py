@@ -145,7 +145,9 @@ def main() -> None:
     if wanted("scaling"):
         if os.environ.get("GLIBC_TUNABLES") != KEEP_PAGES:  # read by the C library at start only
             words = ["scaling", "--rounds", str(options.rounds), "--threads", str(options.threads)]
-            subprocess.run([sys.executable, __file__, *words], env={**os.environ, "GLIBC_TUNABLES": KEEP_PAGES}, check=True)
+            subprocess.run(
+                [sys.executable, __file__, *words], env={**os.environ, "GLIBC_TUNABLES": KEEP_PAGES}, check=True
+            )
         else:
             for line in scaling(max(5, options.rounds // 3)):
                 print(line)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the library tells about itself: the window formulas as it computes them (for the parity test) and the
-// instruction set that it runs on.
+// What the library tells about itself: the window formulas as it computes them (for the parity test), the instruction
+// set that it runs on, and the scratch that a thread takes.
 #include "common.h"
 
 namespace natten {
@@ -25,13 +25,27 @@ Tensor windows(const Tensor& rows) {
 
 int64_t cpu_vector_bytes() { return cpu::vector_bytes(); }
 
+// The largest scratch of one thread, over dtypes and passes; it depends on the head dims alone.
+int64_t cpu_scratch_bytes(int64_t head_dim, int64_t value_dim) {
+  Problem p{};
+  p.head_dim = head_dim, p.value_dim = value_dim;
+  int64_t most = 0;
+  for (cpu::Dtype dtype : {cpu::Dtype::float64, cpu::Dtype::float32, cpu::Dtype::float16, cpu::Dtype::bfloat16})
+    most = larger(most, larger(cpu::forward_kernels(dtype).scratch_bytes(p), cpu::backward_kernels(dtype).scratch_bytes(p)));
+  return most;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(natten, m) {
   m.def("_windows(Tensor rows) -> Tensor");
   m.def("_cpu_vector_bytes() -> int");
+  m.def("_cpu_scratch_bytes(int head_dim, int value_dim) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(natten, CPU, m) { m.impl("_windows", TORCH_BOX(&windows)); }
-STABLE_TORCH_LIBRARY_IMPL(natten, CompositeImplicitAutograd, m) { m.impl("_cpu_vector_bytes", TORCH_BOX(&cpu_vector_bytes)); }
+STABLE_TORCH_LIBRARY_IMPL(natten, CompositeImplicitAutograd, m) {
+  m.impl("_cpu_vector_bytes", TORCH_BOX(&cpu_vector_bytes));
+  m.impl("_cpu_scratch_bytes", TORCH_BOX(&cpu_scratch_bytes));
+}
 
 }  // namespace natten

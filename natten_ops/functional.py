@@ -16,6 +16,7 @@ from torch import Tensor
 
 from natten_ops import backends, ops, reference  # noqa: F401  (ops registers the rules)
 from natten_ops.geometry.params import make_box, make_params
+from natten_ops.ops._register import AUTOCAST_KEYS
 from natten_ops.ops.arguments import check_inputs, check_scale
 from natten_ops.reference import Inputs
 
@@ -227,8 +228,7 @@ def _attend(
     params = make_params(rank, *windows)
     box = make_box(rank, *box_settings) if box_settings else None
     check_scale(scale)
-    unified = isinstance(inputs.query, Tensor) and torch.is_autocast_enabled(inputs.query.device.type)
-    check_inputs(inputs, params, box, same_dtype=not unified)
+    check_inputs(inputs, params, box, same_dtype=not _autocasts(inputs.query))
     number = _backend_number(inputs, backend)
     if number is None:
         out, lse = reference.forward(inputs, params, box, scale)
@@ -264,6 +264,12 @@ def _backend_number(inputs: Inputs, backend: str | None) -> int | None:
         if not torch.compiler.is_compiling():  # a logger's call would break the graph
             _log.debug("%s runs %s", chosen.name, problem)
     return 0
+
+
+def _autocasts(query: Any) -> bool:
+    """Whether autocast is about to bring all inputs to one dtype."""
+    device = query.device.type if isinstance(query, Tensor) else None
+    return device in AUTOCAST_KEYS and torch.is_autocast_enabled(device)
 
 
 def _really_compiling() -> bool:

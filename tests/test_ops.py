@@ -211,6 +211,12 @@ def test_strides_beyond_32_bits():
     assert torch.equal(natten_ops.na2d(*views, kernel_size=3), natten_ops.na2d(*dense, kernel_size=3))
 
 
+def test_scratch_of_a_thread_is_small_whatever_the_image():
+    """Under 1 MB a thread; the function takes no sizes because the scratch does not depend on them."""
+    assert torch.ops.natten._cpu_scratch_bytes(32, 32) < 2**17
+    assert torch.ops.natten._cpu_scratch_bytes(300, 300) < 2**20
+
+
 def test_expanded_and_overlapping_inputs():
     query = torch.randn(1, 6, 6, 1, 8).expand(3, 6, 6, 4, 8)
     have = natten_ops.na2d(query, query, query, kernel_size=3)
@@ -225,7 +231,11 @@ def test_sub_boxes_equal_the_whole():
         part = dataclasses.replace(problem, box=(origin, shape))
         rows = tuple(slice(o, o + n) for o, n in zip(origin, shape))
         keys = tuple(slice(first, stop) for first, stop in part.key_range())
-        inputs = whole._replace(query=whole.query[(slice(None), *rows)], key=whole.key[(slice(None), *keys)], value=whole.value[(slice(None), *keys)])
+        inputs = whole._replace(
+            query=whole.query[(slice(None), *rows)],
+            key=whole.key[(slice(None), *keys)],
+            value=whole.value[(slice(None), *keys)],
+        )
         for have, want in zip(run(inputs, part), (out, lse)):
             torch.testing.assert_close(have, want[(slice(None), *rows)])
 

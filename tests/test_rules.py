@@ -185,3 +185,18 @@ def test_merging_two_is_the_formula_of_the_docs():
 def test_no_op_forbids_cuda_graphs():
     for name in ("neighborhood_attention_lse", "neighborhood_attention_lse_backward", "na2d", "merge_attentions"):
         assert torch.Tag.cudagraph_unsafe not in getattr(torch.ops.natten, name).default.tags
+
+
+def test_autocast_of_cuda_follows_its_own_dtype():
+    """Shapes and dtypes only: fake CUDA tensors under the CUDA autocast key. No GPU has run this."""
+    with FakeTensorMode():
+        query = torch.empty(1, 8, 2, 4, device="cuda")
+        before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        try:
+            torch.set_autocast_enabled("cuda", True)
+            for dtype in (torch.float16, torch.bfloat16):
+                torch.set_autocast_dtype("cuda", dtype)
+                assert natten_ops.na1d(query, query, query, kernel_size=3).dtype == dtype
+        finally:
+            torch.set_autocast_enabled("cuda", before[0])
+            torch.set_autocast_dtype("cuda", before[1])

@@ -25,6 +25,7 @@ from natten_ops import _library
 LIBRARY = torch.library.Library("natten", "FRAGMENT")
 SingleLevelFunction = _SingleLevelFunction
 LOWERINGS = "natten_ops.lowerings"
+AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def wake() -> None:
@@ -72,7 +73,7 @@ def register_composite(name: str, function: Callable[..., Any]) -> None:
 
 def register_autocast(name: str, casting: Callable[..., Callable[[torch.dtype, str], Any]]) -> None:
     """Follow the active autocast dtype on CPU and CUDA (`torch.library.register_autocast` would fix one for ever)."""
-    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    for device_type, key in AUTOCAST_KEYS.items():
         own_key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         LIBRARY.impl(name, _autocast_kernel(device_type, own_key, casting), key)
 

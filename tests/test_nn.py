@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""The modules: the op between two projections, their settings, their state."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+import natten_ops
+from natten_ops.nn import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
+
+MODULES = {1: NeighborhoodAttention1D, 2: NeighborhoodAttention2D, 3: NeighborhoodAttention3D}
+
+
+@pytest.mark.parametrize("rank", MODULES)
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_the_module_is_the_op_between_projections(rank, kv_heads):
+    torch.manual_seed(0)
+    module = MODULES[rank](12, 4, 3, dilation=2, is_causal=True, rel_pos_bias=True, num_kv_heads=kv_heads, qk_scale=0.4)
+    x = torch.randn(2, *(7, 6, 6)[:rank], 12)
+    heads = module.qkv(x).unflatten(-1, (-1, 3))
+    count = 4 if kv_heads is None else kv_heads
+    query, key, value = heads[..., :4, :], heads[..., 4 : 4 + count, :], heads[..., 4 + count :, :]
+    out = getattr(natten_ops, f"na{rank}d")(query, key, value, 3, dilation=2, is_causal=True, scale=0.4, rpb=module.rpb)
+    torch.testing.assert_close(module(x), module.proj(out.flatten(-2)))
+
+
+def test_state_has_the_keys_that_checkpoints_have():
+    plain = NeighborhoodAttention2D(8, 2, kernel_size=3)
+    biased = NeighborhoodAttention2D(8, 2, kernel_size=(3, 5), rel_pos_bias=True, qkv_bias=False, num_kv_heads=1)
+    assert list(plain.state_dict()) == ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
+    shapes = {name: tuple(t.shape) for name, t in biased.state_dict().items()}
+    assert shapes == {"rpb": (2, 5, 9), "qkv.weight": (16, 8), "proj.weight": (8, 8), "proj.bias": (8,)}
+    twin = NeighborhoodAttention2D(8, 2, kernel_size=(3, 5), rel_pos_bias=True, qkv_bias=False, num_kv_heads=1)
+    twin.load_state_dict(biased.state_dict())
+    x = torch.randn(1, 6, 6, 8)
+    assert torch.equal(twin(x), biased(x))
+
+
+def test_printing_tells_the_settings():
+    assert_expected_inline(
+        str(
+            NeighborhoodAttention2D(
+                8, 2, 3, dilation=(2, 1), is_causal=(True, False), rel_pos_bias=True, num_kv_heads=1
+            )
+        ),
+        """\
+NeighborhoodAttention2D(
+  embed_dim=8, num_heads=2, kernel_size=(3, 3), num_kv_heads=1, dilation=(2, 1), is_causal=(True, False), rel_pos_bias=True
+  (qkv): Linear(in_features=8, out_features=16, bias=True)
+  (proj): Linear(in_features=8, out_features=8, bias=True)
+  (proj_drop): Dropout(p=0.0, inplace=False)
+)""",
+    )
+
+
+def test_factory_arguments_and_training():
+    module = NeighborhoodAttention1D(8, 2, 3, rel_pos_bias=True, dtype=torch.float64, device="cpu", proj_drop=0.5)
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
+    x = torch.randn(4, 9, 8, dtype=torch.float64)
+    assert not torch.equal(module(x), module(x))  # dropout
+    module.eval()
+    module(x).square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in module.parameters())
+    skeleton = NeighborhoodAttention1D(8, 2, 3, rel_pos_bias=True, device="meta")
+    assert skeleton(torch.empty(1, 5, 8, device="meta")).shape == (1, 5, 8)
+
+
+def test_the_bias_table_learns():
+    """A target that depends on the relative position alone can only be met by the table."""
+    torch.manual_seed(0)
+    module = NeighborhoodAttention1D(4, 1, 3, rel_pos_bias=True)
+    optimizer = torch.optim.Adam([module.rpb], lr=0.1)
+    x = torch.randn(2, 12, 4)
+    with torch.no_grad():
+        teacher = NeighborhoodAttention1D(4, 1, 3, rel_pos_bias=True)
+        teacher.load_state_dict(module.state_dict())
+        teacher.rpb.copy_(torch.tensor([[0.0, 2.0, 0.0, -2.0, 0.0]]))
+        target = teacher(x)
+    losses = []
+    for _ in range(60):
+        loss = (module(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.02 * losses[0]
+
+
+@pytest.mark.parametrize("rank", MODULES)
+def test_modules_are_picklable_and_deepcopyable(rank):
+    import copy
+    import pickle
+
+    module = MODULES[rank](8, 2, 3)
+    x = torch.randn(1, *(5, 4, 4)[:rank], 8)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(twin) is MODULES[rank] and torch.equal(twin(x), module(x))
