@@ -6,10 +6,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 
 import torch
-
-import natten_ops
 
 CPU_LIBRARY = "libnatten_ops.so"
 CUDA_LIBRARY = "libnatten_ops_cuda.so"
@@ -18,9 +17,12 @@ OWN_OPS = ("na1d", "na2d", "na3d", "neighborhood_attention_lse", "merge_attentio
 _VECTOR_NAMES = {16: "default", 32: "avx2", 64: "avx512"}
 
 
+# Two folders in an editable install: the sources and the built libraries.
+_FOLDERS = list(sys.modules["natten_ops"].__path__)
+
+
 def _find(name: str) -> str | None:
-    # Two folders in an editable install: the sources and the built libraries.
-    for folder in natten_ops.__path__:
+    for folder in _FOLDERS:
         path = os.path.join(folder, name)
         if os.path.exists(path):
             return path
@@ -31,7 +33,7 @@ def _load_cpu() -> str:
     path = _find(CPU_LIBRARY)
     if path is None:
         raise ImportError(
-            f"{CPU_LIBRARY} is in none of {list(natten_ops.__path__)}: the package is a source folder or a broken "
+            f"{CPU_LIBRARY} is in none of {_FOLDERS}: the package is a source folder or a broken "
             f"install; run `pip install .` (or `make build`) in the source folder"
         )
     if path not in torch.ops.loaded_libraries:
