@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import custom_function_call_vmap_helper
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._guards import TracingContext
 from torch.autograd.function import _SingleLevelFunction
 
 from natten_ops import _library
@@ -30,7 +31,9 @@ AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 def wake() -> None:
     """Called by every fake kernel, which runs before any lowering is asked for: eager users never import Inductor."""
-    if torch.compiler.is_compiling() and LOWERINGS not in sys.modules:
+    # On torch 2.11 is_compiling() is False in a fake kernel that Dynamo runs; its tracing context is there on all.
+    compiling = torch.compiler.is_compiling() or TracingContext.try_get() is not None
+    if compiling and LOWERINGS not in sys.modules:
         importlib.import_module(LOWERINGS)
 
 
