@@ -14,16 +14,34 @@ std::string text(const int64_t* values, size_t count) {
 }
 std::string shape_text(const Tensor& t) { return text(t.sizes().data(), t.sizes().size()); }
 
+}  // namespace
+
 void check_shape(const char* name, const Tensor& tensor, const Integers& expected) {
   bool same = tensor.dim() == int64_t(expected.size());
   for (size_t i = 0; same && i < expected.size(); ++i) same = tensor.size(i) == expected[i];
   STD_TORCH_CHECK(same, "natten: ", name, " has shape ", shape_text(tensor), ", expected ", text(expected.data(), expected.size()));
 }
 
+void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
+  STD_TORCH_CHECK(tensor.scalar_type() == expected, "natten: ", name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
+                  ", expected ", torch::headeronly::toString(expected));
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& query) {
+  STD_TORCH_CHECK(tensor.device() == query.device(), "natten: ", name, " is on device type ", int(tensor.device().type()), ", query on ",
+                  int(query.device().type()), "; they must be on one device");
+}
+
+namespace {
+
 void check_tensor(const char* name, const Tensor& tensor, const Arguments& a, const Integers& expected) {
   check_shape(name, tensor, expected);
-  STD_TORCH_CHECK(tensor.scalar_type() == a.query.scalar_type(), "natten: dtype of ", name, " differs from the query's");
-  STD_TORCH_CHECK(tensor.device() == a.query.device(), "natten: device of ", name, " differs from the query's");
+  check_dtype(name, tensor, a.query.scalar_type());
+  check_device(name, tensor, a.query);
+}
+
+void check_dim(const char* name, int64_t dim, int64_t least) {
+  STD_TORCH_CHECK(dim >= least && dim <= kMaxHeadDim, "natten: head dim of ", name, " is ", dim, ", it must be ", least, " to ", kMaxHeadDim);
 }
 
 void check_lists(const Arguments& a) {
@@ -41,14 +59,16 @@ void check_lists(const Arguments& a) {
                     " exceeds kernel_size[", axis, "]=", a.kernel_size[axis]);
   const size_t given = a.q_origin.size() + a.kv_origin.size() + a.extent.size();
   STD_TORCH_CHECK(given == 0 || (int64_t(a.q_origin.size()) == rank && int64_t(a.kv_origin.size()) == rank && int64_t(a.extent.size()) == rank),
-                  "natten: q_origin, kv_origin and extent need ", rank, " entries each, or none");
+                  "natten: q_origin, kv_origin and extent have ", a.q_origin.size(), ", ", a.kv_origin.size(), " and ", a.extent.size(),
+                  " entries; give ", rank, " each, or none");
 }
 
 void check_axis(const Arguments& a, int64_t axis) {
   const bool boxed = !a.extent.empty();
   const int64_t queries = a.query.size(axis + 1), keys = a.key.size(axis + 1);
   const int64_t length = boxed ? a.extent[axis] : queries;
-  STD_TORCH_CHECK(a.kernel_size[axis] <= length && a.dilation[axis] <= length && a.kernel_size[axis] * a.dilation[axis] <= length,
+  STD_TORCH_CHECK(length <= kMaxExtent, "natten: extent[", axis, "]=", length, " is more than ", kMaxExtent);
+  STD_TORCH_CHECK(a.kernel_size[axis] <= length / a.dilation[axis],  // no product: it might overflow
                   "natten: kernel_size[", axis, "]=", a.kernel_size[axis], " with dilation[", axis, "]=", a.dilation[axis],
                   " spans more than the ", length, " tokens on axis ", axis);
   if (!boxed) {
@@ -60,6 +80,7 @@ void check_axis(const Arguments& a, int64_t axis) {
                   " tokens leaves extent[", axis, "]=", length);
   STD_TORCH_CHECK(kv_origin >= 0 && kv_origin <= length - keys, "natten: kv_origin[", axis, "]=", kv_origin, " with ", keys,
                   " tokens leaves extent[", axis, "]=", length);
+  if (a.query.numel() == 0) return;  // no query, no window
   // Starts and ends grow with the query inside a dilation group: the first and the last query of each group decide.
   const Axis geometry{length, a.kernel_size[axis], a.stride[axis], a.dilation[axis], a.is_causal[axis]};
   const int64_t reach = smaller(geometry.dilation, queries);
@@ -88,17 +109,16 @@ void check_extras(const Arguments& a) {
       expected.push_back(2 * a.kernel_size[axis] - 1);
     }
     check_shape("rpb", *a.rpb, expected);
-    const ScalarType have = a.rpb->scalar_type(), want = a.query.scalar_type();
-    STD_TORCH_CHECK(have == want || (have == ScalarType::Float && want != ScalarType::Double),
-                    "natten: dtype of rpb must be the query's, or float32 beside 16-bit inputs");
-    STD_TORCH_CHECK(a.rpb->device() == a.query.device(), "natten: device of rpb differs from the query's");
+    const bool wide = a.rpb->scalar_type() == ScalarType::Float && a.query.scalar_type() != ScalarType::Double;
+    if (!wide) check_dtype("rpb", *a.rpb, a.query.scalar_type());
+    check_device("rpb", *a.rpb, a.query);
   }
   if (a.key_mask) {
     Integers expected{batch};
     for (int64_t axis = 0; axis < rank; ++axis) expected.push_back(a.key.size(axis + 1));
     check_shape("key_mask", *a.key_mask, expected);
-    STD_TORCH_CHECK(a.key_mask->scalar_type() == ScalarType::Bool, "natten: key_mask must be bool");
-    STD_TORCH_CHECK(a.key_mask->device() == a.query.device(), "natten: device of key_mask differs from the query's");
+    check_dtype("key_mask", *a.key_mask, ScalarType::Bool);
+    check_device("key_mask", *a.key_mask, a.query);
   }
 }
 
@@ -110,7 +130,7 @@ void check(const Arguments& a) {
   cpu_dtype(a.query);
   check_lists(a);
   STD_TORCH_CHECK(a.key.dim() == a.query.dim(), "natten: key has ", a.key.dim(), " dims, query ", a.query.dim());
-  STD_TORCH_CHECK(a.query.size(-1) >= 1, "natten: head dim of query is ", a.query.size(-1), ", at least 1 is needed");
+  check_dim("query", a.query.size(-1), 1);
   Integers key_shape{a.query.size(0)};
   for (int64_t axis = 0; axis < rank; ++axis) key_shape.push_back(a.key.size(axis + 1));
   const int64_t heads = a.query.size(-2), heads_kv = a.key.size(-2);
@@ -118,11 +138,12 @@ void check(const Arguments& a) {
   key_shape.push_back(a.query.size(-1));
   check_tensor("key", a.key, a, key_shape);
   STD_TORCH_CHECK(a.value.dim() == a.query.dim(), "natten: value has ", a.value.dim(), " dims, query ", a.query.dim());
+  check_dim("value", a.value.size(-1), 0);
   key_shape.back() = a.value.size(-1);
   check_tensor("value", a.value, a, key_shape);
   STD_TORCH_CHECK(heads_kv == 0 ? heads == 0 : heads % heads_kv == 0, "natten: ", heads, " heads of query are no multiple of the ",
                   heads_kv, " heads of key");
-  STD_TORCH_CHECK(!a.scale || !std::isnan(*a.scale), "natten: scale is NaN");
+  STD_TORCH_CHECK(!a.scale || std::isfinite(*a.scale), "natten: scale=", *a.scale, " must be finite");
   for (int64_t axis = 0; axis < rank; ++axis) check_axis(a, axis);
   check_extras(a);
 }

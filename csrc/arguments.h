@@ -20,6 +20,15 @@ struct Arguments {
   int64_t rank() const { return query.dim() - 3; }
 };
 
+// Far above any use, far below what would overflow in sizes of scratch and in window arithmetic.
+constexpr int64_t kMaxHeadDim = int64_t(1) << 20, kMaxExtent = int64_t(1) << 62;
+
+// Raises with both shapes unless they are equal.
+void check_shape(const char* name, const Tensor& tensor, const Integers& expected);
+// Raises with both dtypes unless they are equal; and with both devices.
+void check_dtype(const char* name, const Tensor& tensor, ScalarType expected);
+void check_device(const char* name, const Tensor& tensor, const Tensor& query);
+
 // Raises unless a kernel may run on the arguments without touching memory that is not theirs.
 void check(const Arguments& arguments);
 

@@ -32,14 +32,17 @@ inline cpu::Dtype cpu_dtype(const Tensor& tensor) {
     case ScalarType::Float: return cpu::Dtype::float32;
     case ScalarType::Half: return cpu::Dtype::float16;
     case ScalarType::BFloat16: return cpu::Dtype::bfloat16;
-    default: STD_TORCH_CHECK(false, "natten: query must be float64, float32, float16 or bfloat16"); return {};
+    default:
+      STD_TORCH_CHECK(false, "natten: query has dtype ", torch::headeronly::toString(tensor.scalar_type()),
+                      ", expected float64, float32, float16 or bfloat16");
+      return {};
   }
 }
 
 // Memory for the parts of a pass, one aligned piece each.
-class Scratch {
+class ScratchMemory {
  public:
-  Scratch(int64_t parts, int64_t bytes) : pitch_((bytes + 127) / 64 * 64) {
+  ScratchMemory(int64_t parts, int64_t bytes) : pitch_((bytes + 127) / 64 * 64) {
     memory_.reset(static_cast<char*>(std::aligned_alloc(64, size_t(pitch_ * parts))));
     STD_TORCH_CHECK(memory_ != nullptr, "natten: out of memory for ", pitch_ * parts, " bytes of scratch");
   }
@@ -54,7 +57,7 @@ class Scratch {
 // Runs a pass over [0, items) in `parts` shares. Every item is computed alike whichever share it falls into.
 inline void run_parts(cpu::Pass pass, const Problem& problem, int64_t items, int64_t scratch_bytes, int64_t parts) {
   if (items == 0) return;
-  const Scratch scratch(parts, scratch_bytes);
+  const ScratchMemory scratch(parts, scratch_bytes);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part)
       pass(problem, scratch.of(part), part, items * part / parts, items * (part + 1) / parts);

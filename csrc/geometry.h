@@ -29,7 +29,7 @@ NATTEN_HOST_DEVICE inline int64_t larger(int64_t a, int64_t b) { return a > b ? 
 NATTEN_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a >= 0
 
 NATTEN_HOST_DEVICE inline int64_t group_length(const Axis& axis, int64_t group) {
-  return ceil_div(axis.length - group, axis.dilation);
+  return (axis.length - group - 1) / axis.dilation + 1;  // not ceil_div: lengths up to 2^62 must not overflow
 }
 
 NATTEN_HOST_DEVICE inline Span window(const Axis& axis, int64_t index) {

@@ -28,11 +28,11 @@ std::tuple<Tensor, Tensor> forward_cpu(
     const Tensor& query, const Tensor& key, const Tensor& value, Integers kernel_size, Integers stride, Integers dilation,
     Flags is_causal, std::optional<double> scale, OptionalTensor additional_keys, OptionalTensor additional_values,
     OptionalTensor rpb, OptionalTensor key_mask, Integers q_origin, Integers kv_origin, Integers extent, int64_t backend) {
-  const OptionalTensor table = dense(rpb);
   const Arguments a{query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys,
-                    additional_values, table, key_mask, q_origin, kv_origin, extent};
+                    additional_values, rpb, key_mask, q_origin, kv_origin, extent};
   check_backend(backend);
   check(a);
+  rpb = dense(rpb);
   Integers shape = sizes_of(query);
   shape.back() = value.size(-1);
   Tensor out = torch::stable::new_empty(query, shape);
@@ -94,9 +94,9 @@ void check_saved(const Arguments& a, const OptionalTensor& grad_out, const Optio
   STD_TORCH_CHECK(needed.size() == kGradients, "natten: needed has ", needed.size(), " entries, expected ", int(kGradients));
   Integers shape = sizes_of(a.query);
   auto require = [&](const char* name, const Tensor& tensor, ScalarType dtype) {
-    STD_TORCH_CHECK(sizes_of(tensor) == shape, "natten: ", name, " does not have the shape of the forward's output");
-    STD_TORCH_CHECK(tensor.scalar_type() == dtype, "natten: ", name, " does not have the dtype of the forward's output");
-    STD_TORCH_CHECK(tensor.device() == a.query.device(), "natten: device of ", name, " differs from the query's");
+    check_shape(name, tensor, shape);
+    check_dtype(name, tensor, dtype);
+    check_device(name, tensor, a.query);
   };
   shape.back() = a.value.size(-1);
   require("out", out, a.query.scalar_type());
@@ -112,11 +112,11 @@ Six backward_cpu(
     std::optional<double> scale, OptionalTensor additional_keys, OptionalTensor additional_values, OptionalTensor rpb,
     OptionalTensor key_mask, Integers q_origin, Integers kv_origin, Integers extent, int64_t backend, Flags needed,
     bool /*deterministic: this backward always is*/) {
-  const OptionalTensor table = dense(rpb);
   const Arguments a{query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys,
-                    additional_values, table, key_mask, q_origin, kv_origin, extent};
+                    additional_values, rpb, key_mask, q_origin, kv_origin, extent};
   check_backend(backend);
   check(a);
+  rpb = dense(rpb);
   check_saved(a, grad_out, grad_lse, out, lse, needed);
   Problem p = make_problem(a);
   std::vector<Tensor> g = make_gradients(a, needed, p);
@@ -130,7 +130,7 @@ Six backward_cpu(
   const Tensor delta = torch::stable::new_empty(lse, sizes_of(lse)), row_lse = torch::stable::new_empty(lse, sizes_of(lse));
   p.delta = rows_of(delta, true, rank, true, false);
   p.row_lse = rows_of(row_lse, true, rank, true, false);
-  const int64_t partials = p.grad_rpb.data ? kRpbChunks * table->numel() : 0;
+  const int64_t partials = p.grad_rpb.data ? kRpbChunks * rpb->numel() : 0;
   run_backward(cpu::backward_kernels(cpu_dtype(query)), p, torch::stable::new_zeros(lse, Integers{partials}));
   return result;
 }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The compiler's workshop (installed as natten_ops.lowerings), imported only while something compiles.
 
-Today the ops are extern calls in compiled graphs. What this room does already is to salt Inductor's caches: a graph
-that was compiled by another version of these rules must not be taken from a cache.
+Today the ops are extern calls in compiled graphs (`fused.py`). The room also salts Inductor's caches: a graph that was
+compiled by another version of these rules must not be taken from a cache.
 """
 
 from __future__ import annotations
@@ -25,4 +25,14 @@ def salt() -> str:
 
 if __name__ != "natten_ops.lowerings":
     raise ImportError("import natten_ops.lowerings, not a bare `lowerings`: its rules would be registered twice")
-torch.compiler.config.cache_key_tag += salt()  # append: the tag belongs to the user
+
+from natten_ops.lowerings import fused  # noqa: E402  (not before the check above)
+
+SALT = salt()
+fused.register()
+
+
+def ensure_salt() -> None:
+    """Salt the tag where it is not: config values belong to a thread or a `config.patch`, so every wake-up looks."""
+    if SALT not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += SALT  # append: the tag belongs to the user

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -13,7 +14,10 @@ import torch
 CPU_LIBRARY = "libnatten_ops.so"
 CUDA_LIBRARY = "libnatten_ops_cuda.so"
 # An op of ours that somebody else has defined would be defined twice, which ends the process.
-OWN_OPS = ("na1d", "na2d", "na3d", "neighborhood_attention_lse", "merge_attentions")
+OWN_OPS = (
+    "na1d", "na2d", "na3d", "neighborhood_attention_lse", "neighborhood_attention_lse_backward", "merge_attentions",
+    "_windows", "_cpu_vector_bytes", "_cpu_scratch_bytes",
+)  # fmt: skip
 _VECTOR_NAMES = {16: "default", 32: "avx2", 64: "avx512"}
 
 
@@ -23,10 +27,19 @@ _FOLDERS = list(sys.modules["natten_ops"].__path__)
 
 def _find(name: str) -> str | None:
     for folder in _FOLDERS:
-        path = os.path.join(folder, name)
+        path = os.path.realpath(os.path.join(folder, name))  # as torch.ops.loaded_libraries has them
         if os.path.exists(path):
             return path
     return None
+
+
+def _is_mapped(path: str) -> bool:
+    """Whether this very file is in the process already, by a plain dlopen; its ops are ours then."""
+    try:
+        ctypes.CDLL(path, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return False
+    return True
 
 
 def _load_cpu() -> str:
@@ -37,7 +50,11 @@ def _load_cpu() -> str:
             f"install; run `pip install .` (or `make build`) in the source folder"
         )
     if path not in torch.ops.loaded_libraries:
-        foreign = [op for op in OWN_OPS if torch._C._jit_get_schemas_for_operator(f"natten::{op}")]
+        foreign = (
+            []
+            if _is_mapped(path)
+            else [op for op in OWN_OPS if torch._C._jit_get_schemas_for_operator(f"natten::{op}")]
+        )
         if foreign:
             raise ImportError(
                 f"torch.ops.natten.{foreign[0]} is defined already, by another library of this process "

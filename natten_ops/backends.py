@@ -96,6 +96,13 @@ def choose(problem: Problem) -> Backend:
     raise ValueError(_no_backend(problem))
 
 
+def check_id(number: int) -> None:
+    """Raise ValueError unless 0 or the id of a backend."""
+    ids = {backend.id: backend.name for backend in BACKENDS if backend.id is not None}
+    if number != 0 and number not in ids:
+        raise ValueError(f"backend={number} is unknown; use 0 (choose) or one of {ids}")
+
+
 def require(name: str, problem: Problem) -> Backend:
     """The named backend, or a ValueError with its reasons: a named backend never falls back."""
     backend = by_name(name)

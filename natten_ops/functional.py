@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from natten_ops import backends, ops, reference  # noqa: F401  (ops registers the rules)
-from natten_ops.geometry.params import make_box, make_params
-from natten_ops.ops._register import AUTOCAST_KEYS
-from natten_ops.ops.arguments import check_inputs, check_scale
+from natten_ops.geometry.params import Box, make_box, make_params
+from natten_ops.ops._register import AUTOCAST_KEYS, no_autocast
+from natten_ops.ops.arguments import autocast_inputs, check_inputs
+from natten_ops.ops.arguments import checked_scale as checked_scale  # nn takes it from here
 from natten_ops.reference import Inputs
 
 _log = logging.getLogger("natten_ops")
@@ -189,19 +190,10 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
         >>> natten_ops.merge_attentions([near[0], far[0]], [near[1], far[1]])[0].shape
         torch.Size([1, 8, 4, 32])
     """
-    if len(outputs) == 0 or len(outputs) != len(lses):
-        raise ValueError(
-            f"merge_attentions got {len(outputs)} outputs and {len(lses)} lses; give at least one of each, paired"
-        )
-    for i, (out, lse) in enumerate(zip(outputs, lses)):
-        if out.shape != outputs[0].shape or out.dtype != outputs[0].dtype:
-            raise ValueError(
-                f"outputs[{i}] is {out.dtype} {list(out.shape)}, outputs[0] {outputs[0].dtype} {list(outputs[0].shape)}"
-            )
-        if lse.shape != out.shape[:-1] or lse.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"lses[{i}] is {lse.dtype} {list(lse.shape)}, expected float32 or float64 {list(out.shape[:-1])}"
-            )
+    for name, tensors in (("outputs", outputs), ("lses", lses)):
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}[{i}] is a {type(tensor).__name__}; give a torch.Tensor")
     merged: tuple[Tensor, Tensor] = torch.ops.natten.merge_attentions(list(outputs), list(lses))
     return merged
 
@@ -221,17 +213,18 @@ def _attend(
     unknown: dict[str, object],
 ) -> Any:
     if unknown:
-        raise TypeError(
-            f"{name}() got an unexpected keyword argument {next(iter(unknown))!r}; arguments of the natten package "
-            f"(tile shapes, backend settings) are taken by natten_ops.compat, not here"
-        )
+        raise TypeError(_unknown_argument(name, next(iter(unknown))))
     params = make_params(rank, *windows)
     box = make_box(rank, *box_settings) if box_settings else None
-    check_scale(scale)
-    check_inputs(inputs, params, box, same_dtype=not _autocasts(inputs.query))
-    number = _backend_number(inputs, backend)
+    scale = checked_scale(scale)
+    device = inputs.query.device.type if isinstance(inputs.query, Tensor) else None
+    autocasts = device in AUTOCAST_KEYS and torch.is_autocast_enabled(device)
+    seen = autocast_inputs(inputs, torch.get_autocast_dtype(device), device) if autocasts else inputs
+    check_inputs(seen, params, box)
+    number = _backend_number(seen, backend)
     if number is None:
-        out, lse = reference.forward(inputs, params, box, scale)
+        with no_autocast(inputs.query.device.type):
+            out, lse = reference.forward(seen, params, box, scale)
         return (out, lse) if return_lse else out
     # Sub-boxes go on as they came: sizes filled in here would recompile at every shape.
     core = *inputs[:3], *params, scale, inputs.additional_keys, inputs.additional_values
@@ -250,6 +243,22 @@ def _attend(
     return (out, lse) if return_lse else out
 
 
+_OF_NATTEN = {
+    "q_tile_shape", "kv_tile_shape", "backward_q_tile_shape", "backward_kv_tile_shape", "backward_kv_splits",
+    "backward_use_pt_reduction", "run_persistent_kernel", "kernel_schedule", "torch_compile", "try_token_permute",
+    "attention_kwargs", "rel_pos_bias", "bias",
+}  # fmt: skip
+
+
+def _unknown_argument(function: str, name: str) -> str:
+    text = f"{function}() got an unexpected keyword argument {name!r}"
+    if name in _OF_NATTEN:
+        return f"{text}: an argument of the natten package, which natten_ops.compat takes; leave it out here"
+    if name in Box._fields:
+        return f"{text}: sub-boxes are taken by natten_ops.neighborhood_attention"
+    return f"{text}; see help(natten_ops.{function})"
+
+
 def _backend_number(inputs: Inputs, backend: str | None) -> int | None:
     """The op's backend id: 0 where the kernels choose, None for the reference, which is no kernel."""
     device = inputs.query.device.type
@@ -264,12 +273,6 @@ def _backend_number(inputs: Inputs, backend: str | None) -> int | None:
         if not torch.compiler.is_compiling():  # a logger's call would break the graph
             _log.debug("%s runs %s", chosen.name, problem)
     return 0
-
-
-def _autocasts(query: Any) -> bool:
-    """Whether autocast is about to bring all inputs to one dtype."""
-    device = query.device.type if isinstance(query, Tensor) else None
-    return device in AUTOCAST_KEYS and torch.is_autocast_enabled(device)
 
 
 def _really_compiling() -> bool:

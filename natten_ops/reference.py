@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natten_ops.geometry.params import Arithmetic, Box, NAParams, axis_window, make_box, make_params
-
-TENSORS = Arithmetic(torch.minimum, torch.maximum, torch.where)
+from natten_ops.geometry.masks import TENSORS
+from natten_ops.geometry.params import Box, NAParams, axis_window, make_box, make_params
 
 
 class Inputs(NamedTuple):
@@ -87,7 +86,9 @@ def neighborhood_attention_lse(
     box = make_box(rank, q_origin, kv_origin, extent)
     q_shape, kv_shape = query.shape[1:-2], key.shape[1:-2]
     params.check_extent(q_shape if box is None else box.extent)
-    (box or Box((0,) * rank, (0,) * rank, tuple(q_shape))).check(params, q_shape, kv_shape)
+    where = box or Box((0,) * rank, (0,) * rank, tuple(q_shape))
+    where.check_bounds(q_shape, kv_shape)
+    where.check_cover(params, q_shape, kv_shape)
     inputs = Inputs(query, key, value, additional_keys, additional_values, rpb, key_mask)
     return forward(inputs, params, box, scale)
 

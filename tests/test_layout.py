@@ -133,6 +133,15 @@ def test_public_functions_have_running_examples():
             assert ">>>" in item.__doc__, item
 
 
+def test_the_loader_knows_every_op_of_the_library():
+    import torch
+
+    from natten_ops import _library
+
+    own = {s.name.removeprefix("natten::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("natten::")}
+    assert own == set(_library.OWN_OPS)
+
+
 def test_the_quick_start_of_the_readme_runs():
     result = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted > 5 and result.failed == 0

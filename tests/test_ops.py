@@ -213,6 +213,31 @@ def test_strides_beyond_32_bits():
     assert torch.equal(natten_ops.na2d(*views, kernel_size=3), natten_ops.na2d(*dense, kernel_size=3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_at_huge_logits(dtype):
+    """Both backward passes see the forward's logits bit for bit, so no weight exceeds 1 however large they are."""
+    problem = Problem((40,), (9,), head_dim=24, batch=1, scale=0.3)
+    inputs = problem.make(dtype)
+    inputs = inputs._replace(query=inputs.query * 3e4, key=inputs.key * 3e4)
+    out, lse = run(inputs, problem)
+    assert lse.abs().max() > 1e8
+    weight = torch.autograd.grad(
+        run(inputs._replace(value=(v := inputs.value.clone().requires_grad_())), problem)[0].sum(), v
+    )
+    assert weight[0].min() >= 0 and weight[0].max() <= 9 * (1 + 1e-5)  # a key is seen by at most nine queries
+    for gradient in gradients(inputs, problem, torch.ones_like(out), torch.zeros_like(lse)):
+        assert torch.isfinite(gradient).all()
+
+
+def test_a_row_that_sees_nothing_is_zero_beside_a_nan_value():
+    problem = NAMED["biased"]
+    inputs = problem.make()
+    value = inputs.value.clone()
+    value[0, 2, 2] = math.nan
+    out, _ = run(inputs._replace(rpb=torch.full_like(inputs.rpb, -math.inf), value=value), problem)
+    assert (out == 0).all()
+
+
 def test_scratch_of_a_thread_is_small_whatever_the_image():
     """Under 1 MB a thread; the function takes no sizes because the scratch does not depend on them."""
     assert torch.ops.natten._cpu_scratch_bytes(32, 32) < 2**17

@@ -142,12 +142,63 @@ def test_flops_count_visible_pairs_exactly(name):
     assert counter.get_total_flops() == 2 * (window + extra) * (3 * dim + 2 * value_dim)
 
 
+def test_flops_of_a_symbolic_causal_axis_do_not_fail():
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    sizes = [DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.STATIC]
+    real = torch.empty(1, 20, 2, 4)
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        query = mode.from_tensor(real, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+        assert isinstance(query.shape[1], torch.SymInt)
+        with FlopCounterMode(display=False) as counter:
+            natten_ops.na1d(query, query, query, kernel_size=3, is_causal=True)
+        assert int(counter.get_total_flops()) == 2 * 2 * 20 * 3 * 8
+
+
 def test_flops_of_frozen_keys_are_less():
     params = Problem((8, 8), (3, 3)).params()
     shape, all_needed = (1, 8, 8, 2, 4), (True,) * 6
     full = flops.backward_flops(shape, shape, params, all_needed)
     frozen = flops.backward_flops(shape, shape, params, (True, False, False, True, True, True))
     assert (full, frozen) == (2 * 2 * 64 * 9 * 20, 2 * 2 * 64 * 9 * 12)
+
+
+def test_raw_merging_refuses_lists_that_do_not_pair():
+    out, lse = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2)
+    for outputs, lses in (([out], [lse, lse]), ([out, out], [lse]), ([], []), ([out, out[:, :1]], [lse, lse])):
+        with pytest.raises((ValueError, RuntimeError), match="outputs"):
+            torch.ops.natten.merge_attentions(outputs, lses)
+
+
+def test_second_derivatives_inside_autocast_stay_in_float32():
+    """An autocast region around backward() must not turn the formulas' einsums into 16-bit ones."""
+    query, key, value = (t.bfloat16().requires_grad_() for t in torch.randn(3, 1, 8, 2, 16).unbind(0))
+    results = []
+    for enabled in (False, True):
+        (gradient,) = torch.autograd.grad(
+            natten_ops.na1d(query, key, value, kernel_size=3).float().sin().sum(), query, create_graph=True
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            results.append(torch.autograd.grad(gradient.float().sin().sum(), key)[0])
+    torch.testing.assert_close(*results)
+
+
+def test_the_reference_backend_follows_autocast_too():
+    query, key, value = torch.randn(3, 1, 8, 2, 16).unbind(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        have = natten_ops.na1d(query, key, value, kernel_size=3, backend="reference")
+        want = natten_ops.na1d(query, key, value, kernel_size=3)
+    assert have.dtype == torch.bfloat16
+    torch.testing.assert_close(have, want)
+
+
+def test_vmap_over_nothing():
+    query, tables = torch.randn(0, 1, 8, 2, 4), torch.randn(0, 2, 5)
+    assert torch.vmap(lambda q: natten_ops.na1d(q, q, q, kernel_size=3))(query).shape == query.shape
+    gradient = torch.func.grad(lambda q: natten_ops.na1d(q, q, q, kernel_size=3).sum())
+    assert torch.vmap(gradient)(query).shape == query.shape
+    attend = torch.vmap(lambda q, rpb: natten_ops.na1d(q, q, q, kernel_size=3, rpb=rpb))
+    assert attend(query, tables).shape == query.shape
 
 
 def test_merging_is_differentiable_and_guards_dead_rows():

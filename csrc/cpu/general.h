@@ -132,9 +132,24 @@ template <class T> NATTEN_INLINE Accumulate<T> bias_at(const Problem& p, int64_t
   return widen(static_cast<const T*>(p.rpb.data)[at]);
 }
 
-// scores += bias
-template <class T> NATTEN_INLINE void add_bias(const Problem& p, int64_t head, const int64_t* offset, int64_t count, Accumulate<T>* scores) {
-  for (int64_t i = 0; i < count; ++i) scores[i] += bias_at<T>(p, head, offset[i]);
+// Dot products to logits: scores = scale * scores [+ bias]. The scale comes after the sum, so that the key pass, which
+// sums the same products with the factors swapped, gets the forward's logits bit for bit: with the scale inside, P of
+// the backward was off by 22 % at logits of 4e6, and infinite at 4e8.
+template <class T>
+NATTEN_INLINE void to_logits(const Problem& p, int64_t head, const int64_t* bias, int64_t count, Accumulate<T>* scores) {
+  const Accumulate<T> scale = Accumulate<T>(p.scale);
+  if (!bias) {
+    for (int64_t i = 0; i < count; ++i) scores[i] *= scale;
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) scores[i] = scores[i] * scale + bias_at<T>(p, head, bias[i]);
+}
+
+// Entries of one head's bias table.
+NATTEN_INLINE int64_t table_size(const Problem& p) {
+  int64_t size = 1;
+  for (int a = 0; a < kAxes; ++a) size *= 2 * p.axis[a].kernel - 1;
+  return size;
 }
 
 // Fill up to a whole vector.

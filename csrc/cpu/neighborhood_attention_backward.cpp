@@ -32,7 +32,8 @@ template <class T> void prepare(const Problem& p, void*, int64_t, int64_t begin,
   });
 }
 
-// exp(s - lse), which rounding may lift above 1 by an ulp or two, never to a big number.
+// exp(s - lse). Both passes have the forward's logits bit for bit (to_logits), so the argument is at most the rounding
+// of lse above 0.
 template <class A> NATTEN_INLINE Vector<A> weight_of(Vector<A> score, Vector<A> lse) { return exp_negative(score - lse); }
 
 // scores -> ds, for one query against many keys.
@@ -52,8 +53,7 @@ template <class T> void backward_query(const Problem& p, void* memory, int64_t p
   using A = Accumulate<T>;
   Scratch<T> s;
   Scratch<T>::carve(p, memory, &s);
-  int64_t table = 1;
-  for (int a = 0; a < kAxes; ++a) table *= 2 * p.axis[a].kernel - 1;
+  const int64_t table = table_size(p);
   A* partial = p.grad_rpb.data ? static_cast<A*>(p.rpb_partials) + part * p.heads * table : nullptr;
   const Walk additional = additional_walk(p);
   s.extra->loaded = -1;
@@ -63,7 +63,7 @@ template <class T> void backward_query(const Problem& p, void* memory, int64_t p
     for (int64_t h = 0; h < p.heads; ++h) {
       const int64_t kv_head = h / (p.heads / p.heads_kv), at = token_of(p.delta, token);
       const A lse = head_of<A>(p.row_lse, b, h)[at], delta = head_of<A>(p.delta, b, h)[at];
-      widen_row(head_of<T>(p.query, b, h) + token_of(p.query, token), p.query.dim, p.head_dim, A(p.scale), s.query);
+      widen_row(head_of<T>(p.query, b, h) + token_of(p.query, token), p.query.dim, p.head_dim, A(1), s.query);
       if (p.grad_out.data)
         widen_row(head_of<T>(p.grad_out, b, h) + token_of(p.grad_out, token), p.grad_out.dim, p.value_dim, A(1), s.grad);
       std::memset(s.sum_head, 0, size_t(p.head_dim) * sizeof(A));
@@ -72,7 +72,7 @@ template <class T> void backward_query(const Problem& p, void* memory, int64_t p
           list_chunk(rows, chunk, list);
           const auto keys = source_of<T>(key, b, kv_head, p.head_dim, s.packed);
           score_rows(s.query, keys, list.offset[kKey], list.size, s.scores);
-          if (biased) add_bias<T>(p, h, list.offset[kBias], list.size, s.scores);
+          to_logits<T>(p, h, biased ? list.offset[kBias] : nullptr, list.size, s.scores);
           output_slopes(p, s.grad, source_of<T>(value, b, kv_head, p.value_dim, s.packed), list.offset[kValue], list.size, s.slopes);
           slopes_of_query(s.scores, s.slopes, list.size, lse, delta);
           if (p.grad_query.data) add_rows(s.scores, keys, list.offset[kKey], list.size, s.sum_head);
@@ -129,7 +129,7 @@ inline void key_gradients(const Problem& p, const Walk& walk, Scratch<T>& s, int
                           int64_t key_stride, const T* value, int64_t value_stride, T* grad_key, T* grad_value, bool biased) {
   using A = Accumulate<T>;
   enum { kQuery, kGrad, kDelta, kInverseBias };
-  widen_row(key, key_stride, p.head_dim, A(p.scale), s.query);
+  widen_row(key, key_stride, p.head_dim, A(1), s.query);
   if (grad_key && p.grad_out.data) widen_row(value, value_stride, p.value_dim, A(1), s.grad);
   std::memset(s.sum_head, 0, size_t(p.head_dim) * sizeof(A));
   std::memset(s.sum_value, 0, size_t(p.value_dim) * sizeof(A));
@@ -143,7 +143,7 @@ inline void key_gradients(const Problem& p, const Walk& walk, Scratch<T>& s, int
       list_chunk(walk, chunk, *s.window);
       const List& list = *s.window;
       score_rows(s.query, queries, list.offset[kQuery], list.size, s.scores);
-      if (biased) add_bias<T>(p, h, list.offset[kInverseBias], list.size, s.scores);
+      to_logits<T>(p, h, biased ? list.offset[kInverseBias] : nullptr, list.size, s.scores);
       for (int64_t i = 0; i < list.size; ++i) {
         lse[i] = row_lse[list.offset[kDelta][i]];
         delta[i] = row_delta[list.offset[kDelta][i]];
@@ -198,8 +198,7 @@ template <class T> void backward_additional(const Problem& p, void* memory, int6
 
 template <class T> void reduce_rpb(const Problem& p, void*, int64_t, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
-  int64_t table = 1;
-  for (int a = 0; a < kAxes; ++a) table *= 2 * p.axis[a].kernel - 1;
+  const int64_t table = table_size(p);
   const A* partials = static_cast<const A*>(p.rpb_partials);
   for (int64_t at = begin * table; at < end * table; ++at) {
     A total = 0;

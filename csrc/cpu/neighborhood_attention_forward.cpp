@@ -47,21 +47,23 @@ template <class T> void forward(const Problem& p, void* memory, int64_t, int64_t
     s.window->loaded = -1;
     for (int64_t h = 0; h < p.heads; ++h) {
       const int64_t kv_head = h / (p.heads / p.heads_kv);
-      widen_row(head_of<T>(p.query, b, h) + token_of(p.query, token), p.query.dim, p.head_dim, A(p.scale), s.query);
+      widen_row(head_of<T>(p.query, b, h) + token_of(p.query, token), p.query.dim, p.head_dim, A(1), s.query);
       std::memset(s.sum_value, 0, size_t(p.value_dim) * sizeof(A));
       Softmax<A> state;
       for (int64_t chunk = 0; chunk < chunks_of(walk); ++chunk) {
         list_chunk(walk, chunk, *s.window);
         score_rows(s.query, source_of(p.key, b, kv_head, p.head_dim, s.packed), s.window->offset[kKey], s.window->size, s.scores);
-        if (p.rpb.data) add_bias<T>(p, h, s.window->offset[kBias], s.window->size, s.scores);
+        to_logits<T>(p, h, p.rpb.data ? s.window->offset[kBias] : nullptr, s.window->size, s.scores);
         absorb(state, source_of(p.value, b, kv_head, p.value_dim, s.packed), *s.window, s.scores, s.sum_value);
       }
       for (int64_t chunk = 0; p.additional && chunk < chunks_of(additional); ++chunk) {
         list_chunk(additional, chunk, *s.extra);
         score_rows(s.query, source_of(p.additional_keys, b, kv_head, p.head_dim, s.packed), s.extra->offset[kKey], s.extra->size, s.scores);
+        to_logits<T>(p, h, nullptr, s.extra->size, s.scores);
         absorb(state, source_of(p.additional_values, b, kv_head, p.value_dim, s.packed), *s.extra, s.scores, s.sum_value);
       }
       const bool dead = state.total == 0;
+      if (dead) std::memset(s.sum_value, 0, size_t(p.value_dim) * sizeof(A));  // 0 * NaN of a value that nobody attends to
       narrow_row(s.sum_value, dead ? A(0) : A(1) / state.total, head_of<T>(p.out, b, h) + token_of(p.out, token), p.out.dim, p.value_dim);
       head_of<A>(p.lse, b, h)[token_of(p.lse, token)] =
           dead ? -A(__builtin_inf()) : state.maximum + A(__builtin_log(double(state.total)));

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from natten_ops.geometry.params import Arithmetic, Box, NAParams, axis_window
 
-_TENSORS = Arithmetic(torch.minimum, torch.maximum, torch.where)
+TENSORS = Arithmetic(torch.minimum, torch.maximum, torch.where)
 
 
 def axis_mask(params: NAParams, axis: int, q_count: int, kv_count: int, box: Box | None = None) -> Tensor:
@@ -20,7 +20,7 @@ def axis_mask(params: NAParams, axis: int, q_count: int, kv_count: int, box: Box
     )
     dilation = params.dilation[axis]
     query, key = torch.arange(q_count) + q_origin, torch.arange(kv_count) + kv_origin
-    group, start, end = (t[:, None] for t in axis_window(query, length, *params.axis(axis), ops=_TENSORS))
+    group, start, end = (t[:, None] for t in axis_window(query, length, *params.axis(axis), ops=TENSORS))
     position = key // dilation
     return (key % dilation == group) & (position >= start) & (position < end)
 
@@ -44,7 +44,7 @@ def mask_mod(params: NAParams, spatial_shape: Sequence[int]) -> Callable[[Tensor
         seen = query == query
         for axis in reversed(range(params.rank)):
             length, dilation = spatial_shape[axis], params.dilation[axis]
-            group, start, end = axis_window(query % length, length, *params.axis(axis), ops=_TENSORS)
+            group, start, end = axis_window(query % length, length, *params.axis(axis), ops=TENSORS)
             position, residue = key % length // dilation, key % length % dilation
             seen = seen & (residue == group) & (position >= start) & (position < end)
             query, key = query // length, key // length

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 AXIS_NAMES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x")}
+MAX_EXTENT = 2**62  # beyond it the C++ twin's integers would overflow
 
 
 class Arithmetic(NamedTuple):
@@ -130,19 +131,30 @@ class Box(NamedTuple):
     kv_origin: tuple[Any, ...]
     extent: tuple[Any, ...]
 
-    def check(self, params: NAParams, q_shape: Sequence[Any], kv_shape: Sequence[Any]) -> None:
-        """Raise ValueError unless both boxes lie in the grid and the keys cover every query's window."""
+    def check_bounds(self, q_shape: Sequence[Any], kv_shape: Sequence[Any]) -> None:
+        """Raise ValueError unless both boxes lie in the grid."""
         for axis, length in enumerate(self.extent):
             boxes = (
                 ("q_origin", self.q_origin[axis], q_shape[axis]),
                 ("kv_origin", self.kv_origin[axis], kv_shape[axis]),
             )
+            if length > MAX_EXTENT:
+                raise ValueError(f"extent[{axis}]={length} is more than {MAX_EXTENT}; give a smaller grid")
             for name, origin, count in boxes:
+                if count > length:
+                    tensor = "query" if name == "q_origin" else "key"
+                    raise ValueError(
+                        f"extent[{axis}]={length} is less than the {count} tokens of {tensor}; give the whole grid's"
+                    )
                 if origin < 0 or origin + count > length:
                     raise ValueError(
                         f"{name}[{axis}]={origin} with {count} tokens leaves the grid of extent[{axis}]={length}; "
                         f"{name}[{axis}] must lie in [0, {length - count}]"
                     )
+
+    def check_cover(self, params: NAParams, q_shape: Sequence[Any], kv_shape: Sequence[Any]) -> None:
+        """Raise ValueError unless the keys cover every query's window."""
+        for axis, length in enumerate(self.extent):
             start, stop = axis_keys_needed(self.q_origin[axis], q_shape[axis], length, *params.axis(axis))
             have, count = self.kv_origin[axis], kv_shape[axis]
             if stop > start and (start < have or stop > have + count):
@@ -178,27 +190,31 @@ def make_params(
 
 
 def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
-    values = tuple(
-        _integer(f"{name}[{axis}]", entry) for axis, entry in enumerate(_broadcast(name, value, rank, "int"))
-    )
+    values = tuple(integer(f"{name}[{axis}]", entry) for axis, entry in enumerate(_broadcast(name, value, rank, "int")))
     for axis, number in enumerate(values):
         if number < 1:
             raise ValueError(f"{name}[{axis}]={number} must be at least 1")
     return values
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an int >= 1")
+def integer(name: str, value: Any) -> int:
+    """The int that `value` is; a bool or a float is a TypeError."""
+    check_integer(name, value)
     return operator.index(value)
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is an int or a SymInt (which `integer` would make concrete)."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an int")
 
 
 def _flags(name: str, value: Any, rank: int) -> tuple[bool, ...]:
     values = _broadcast(name, value, rank, "bool")
     for axis, flag in enumerate(values):
-        if not isinstance(flag, bool):
+        if not type(flag).__name__.startswith("bool"):  # numpy has bools of its own
             raise TypeError(f"{name}[{axis}]={flag!r} is a {type(flag).__name__}; give True or False")
-    return values
+    return tuple(bool(flag) for flag in values)
 
 
 def _broadcast(name: str, value: Any, rank: int, kind: str) -> tuple[Any, ...]:
@@ -216,14 +232,23 @@ def make_box(
 ) -> Box | None:
     """A Box, or None where all three are absent or empty (the tensors are the whole grid)."""
     given = {"q_origin": q_origin, "kv_origin": kv_origin, "extent": extent}
-    empty = [name for name, value in given.items() if value is None or len(value) == 0]
+    for name, value in given.items():
+        if value is not None and (isinstance(value, (str, bytes)) or not isinstance(value, Sequence)):
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give one int for each of the {rank} axes")
+    empty = [name for name, value in given.items() if not value]
     if len(empty) == 3:
         return None
     if empty:
-        raise ValueError(f"a sub-box needs q_origin, kv_origin and extent together; {', '.join(empty)} is missing")
-    for name, value in given.items():
-        assert value is not None
-        if len(value) != rank:
-            raise ValueError(f"{name}={tuple(value)} has {len(value)} entries for {rank} spatial axes; give {rank}")
+        raise ValueError(
+            f"a sub-box needs q_origin, kv_origin and extent; {' and '.join(empty)} missing: give all three or none"
+        )
     assert q_origin is not None and kv_origin is not None and extent is not None
+    for name, entries in (("q_origin", q_origin), ("kv_origin", kv_origin), ("extent", extent)):
+        if len(entries) != rank:
+            raise ValueError(f"{name}={tuple(entries)} has {len(entries)} entries for {rank} spatial axes; give {rank}")
+        for axis, entry in enumerate(entries):
+            check_integer(f"{name}[{axis}]", entry)
+    for axis, length in enumerate(extent):
+        if length < 1:
+            raise ValueError(f"extent[{axis}]={length} must be at least 1")
     return Box(tuple(q_origin), tuple(kv_origin), tuple(extent))

@@ -76,12 +76,19 @@ def key_tiles(
 
 
 def visible_pairs(params: NAParams, q_shape: Sequence[Any], box: Box | None = None) -> Any:
-    """Number of (query, visible key) pairs over the whole query grid, additional tokens not counted."""
+    """Number of (query, visible key) pairs over the whole query grid, additional tokens not counted.
+
+    Exact for ints. A causal axis of symbolic size is counted as if it were not causal: the sum over its queries would
+    make the size concrete.
+    """
     pairs = 1
     for axis, count in enumerate(q_shape):
         origin, length = (box.q_origin[axis], box.extent[axis]) if box else (0, count)
         kernel, stride, dilation, causal = params.axis(axis)
-        pairs = pairs * (_causal_pairs(origin, count, length, kernel, stride, dilation) if causal else kernel * count)
+        if causal and all(isinstance(size, int) for size in (origin, count, length)):
+            pairs = pairs * _causal_pairs(origin, count, length, kernel, stride, dilation)
+        else:
+            pairs = pairs * (kernel * count)
     return pairs
 
 

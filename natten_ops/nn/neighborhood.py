@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from natten_ops import functional
-from natten_ops.geometry.params import make_params
+from natten_ops.geometry.params import integer, make_params
 
 RPB_STD = 0.02  # of the truncated normal that initialises a bias table, as in Swin and NAT
 
@@ -66,15 +66,19 @@ class _NeighborhoodAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim={embed_dim} is no multiple of num_heads={num_heads}; change one of them")
+        embed_dim, num_heads = integer("embed_dim", embed_dim), integer("num_heads", num_heads)
+        num_kv_heads = None if num_kv_heads is None else integer("num_kv_heads", num_kv_heads)
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim={embed_dim} is no positive multiple of num_heads={num_heads}; change one of them"
+            )
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}; change one of them")
         params = make_params(self.rank, kernel_size, stride, dilation, is_causal)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kernel_size, self.stride, self.dilation, self.is_causal = params
-        self.qk_scale = qk_scale
+        self.qk_scale = functional.checked_scale(qk_scale)
         channels = (num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(embed_dim, channels, bias=qkv_bias, device=device, dtype=dtype)
         self.register_parameter("rpb", None)
@@ -96,6 +100,8 @@ class _NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, *spatial, embed_dim]` to the same."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input is a {type(x).__name__}; give a torch.Tensor")
         if x.dim() != self.rank + 2 or x.shape[-1] != self.embed_dim:
             axes = ", ".join(f"axis {axis}" for axis in range(self.rank))
             raise ValueError(f"input has shape {list(x.shape)}; give [batch, {axes}, embed_dim={self.embed_dim}]")

@@ -7,8 +7,8 @@ An autograd kernel here is an autograd.Function applied at one level, so the op 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +25,6 @@ from natten_ops import _library
 
 LIBRARY = torch.library.Library("natten", "FRAGMENT")
 SingleLevelFunction = _SingleLevelFunction
-LOWERINGS = "natten_ops.lowerings"
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -33,8 +32,8 @@ def wake() -> None:
     """Called by every fake kernel, which runs before any lowering is asked for: eager users never import Inductor."""
     # On torch 2.11 is_compiling() is False in a fake kernel that Dynamo runs; its tracing context is there on all.
     compiling = torch.compiler.is_compiling() or TracingContext.try_get() is not None
-    if compiling and LOWERINGS not in sys.modules:
-        importlib.import_module(LOWERINGS)
+    if compiling:
+        importlib.import_module("natten_ops.lowerings").ensure_salt()
 
 
 def below_autograd(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -111,6 +110,13 @@ def register_vmap(
         return custom_function_call_vmap_helper(interpreter, batched, lambda *t: call(settings, t), *tensors)
 
     LIBRARY.impl(name, kernel, "FuncTorchBatched")
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Around the reference formulas: they accumulate in float32, which an autocast region around them would undo."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def register_missing_cuda(name: str, message: str) -> None:

@@ -7,6 +7,8 @@ the C++ front repeats only what keeps memory safe.
 
 from __future__ import annotations
 
+import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +20,9 @@ from natten_ops.geometry.params import Box, NAParams, make_box, make_params
 from natten_ops.reference import Inputs
 
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in ALL_DTYPES)
+
+
+MAX_HEAD_DIM = 2**20  # of the kernels, whose scratch grows with it
 
 
 class Settings(NamedTuple):
@@ -40,15 +45,14 @@ class Settings(NamedTuple):
         return params, make_box(rank, self.q_origin, self.kv_origin, self.extent)
 
 
-def check_inputs(inputs: Inputs, params: NAParams, box: Box | None, *, same_dtype: bool = True) -> None:
-    """Raise ValueError or TypeError unless a kernel can run; `same_dtype=False` where autocast will unify them."""
+def check_inputs(inputs: Inputs, params: NAParams, box: Box | None) -> None:
+    """Raise ValueError or TypeError unless a kernel can run."""
     _check_kinds(inputs)
     _check_core(inputs, params, box)
     _check_additional(inputs)
     _check_rpb(inputs, params)
     _check_mask(inputs)
-    if same_dtype:
-        check_dtypes(inputs)
+    check_dtypes(inputs)
 
 
 def _named(inputs: Inputs) -> list[tuple[str, Tensor]]:
@@ -56,16 +60,18 @@ def _named(inputs: Inputs) -> list[tuple[str, Tensor]]:
 
 
 def _check_kinds(inputs: Inputs) -> None:
-    for name, tensor in _named(inputs):
+    for name, tensor in [*zip(inputs._fields[:3], inputs[:3]), *_named(inputs)]:
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor")
+            raise TypeError(
+                f"{name} is {'None' if tensor is None else f'a {type(tensor).__name__}'}; give a torch.Tensor"
+            )
         if tensor.is_nested:
             raise ValueError(
                 f"{name} is a nested tensor, which this version does not take; pad to one size and use key_mask"
             )
         if tensor.layout != torch.strided or tensor.is_quantized:
-            kind = "quantised" if tensor.is_quantized else str(tensor.layout)
-            raise ValueError(f"{name} is a {kind} tensor; give a dense one ({name}.to_dense() or .dequantize())")
+            kind, way = ("quantised", "dequantize") if tensor.is_quantized else (str(tensor.layout), "to_dense")
+            raise ValueError(f"{name} is a {kind} tensor; give a dense one: {name}.{way}()")
         if tensor.device != inputs.query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {inputs.query.device}; move them to one device")
 
@@ -93,8 +99,9 @@ def _check_core(inputs: Inputs, params: NAParams, box: Box | None) -> None:
             )
         if tensor.shape[0] != query.shape[0]:
             raise ValueError(f"{name} has batch {tensor.shape[0]}, query {query.shape[0]}; they must be equal")
-    if query.shape[-1] < 1:
-        raise ValueError(f"query has head dim {query.shape[-1]}; at least 1 is needed")
+    for name, tensor, least in (("query", query, 1), ("value", value, 0)):
+        if tensor.shape[-1] < least or tensor.shape[-1] > MAX_HEAD_DIM:
+            raise ValueError(f"{name} has head dim {tensor.shape[-1]}; it must be {least} to {MAX_HEAD_DIM}")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(
             f"key has head dim {key.shape[-1]}, query {query.shape[-1]}; they must be equal (value's may differ)"
@@ -117,7 +124,18 @@ def _check_core(inputs: Inputs, params: NAParams, box: Box | None) -> None:
             )
     params.check_extent(q_shape if box is None else box.extent)
     if box is not None:
-        box.check(params, q_shape, kv_shape)
+        _check_box(box, params, query, kv_shape)
+
+
+def _check_box(box: Box, params: NAParams, query: Tensor, kv_shape: Sequence[Any]) -> None:
+    # Comparing symbolic origins would guard on them: a recompile for every sub-box. The C++ front checks them at run time.
+    symbolic = any(isinstance(size, torch.SymInt) for size in (*query.shape, *kv_shape, *box[0], *box[1], *box[2]))
+    if symbolic or torch.compiler.is_dynamo_compiling():
+        return
+    q_shape = query.shape[1:-2]
+    box.check_bounds(q_shape, kv_shape)
+    if query.numel() != 0:
+        box.check_cover(params, q_shape, kv_shape)
 
 
 def _check_additional(inputs: Inputs) -> None:
@@ -164,11 +182,54 @@ def _shape(tensor: Tensor) -> list[Any]:
     return list(tensor.shape)
 
 
-def check_scale(scale: Any) -> None:
-    """A number that is not NaN, or None."""
-    if scale is None:
-        return
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"scale is a {type(scale).__name__}; give a float, or None for head_dim ** -0.5")
-    if scale != scale:
-        raise ValueError("scale is nan; give a number, or None for head_dim ** -0.5")
+def checked_scale(scale: Any) -> Any:
+    """A finite float (or what a compiler traces for one), or None."""
+    if scale is None or isinstance(scale, torch.SymFloat):
+        return scale
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        shown = f"={scale!r}" if isinstance(scale, (bool, str)) else ""  # a traced tensor has no repr
+        raise TypeError(f"scale{shown} is a {type(scale).__name__}; give a float, or None for head_dim ** -0.5")
+    number: Any = scale
+    if not -sys.float_info.max <= number <= sys.float_info.max:
+        raise ValueError(
+            f"scale={scale if isinstance(scale, float) else 'an int'} is not finite as a float; "
+            "give a finite number, or None for head_dim ** -0.5"
+        )
+    return number if isinstance(scale, float) else float(number)
+
+
+def autocast_inputs(inputs: Inputs, dtype: torch.dtype, device_type: str) -> Inputs:
+    """What autocast makes of the inputs: q, k, v and additional tokens in its dtype; float64, rpb and mask as they are."""
+
+    def cast(tensor: Any) -> Any:
+        if tensor is None or tensor.device.type != device_type or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return Inputs(*[*map(cast, inputs[:5]), *inputs[5:]])
+
+
+def check_saved(
+    grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, needed: Sequence[bool]
+) -> None:
+    """The backward's own arguments: shapes, dtypes and device of the forward's outputs, one flag a gradient."""
+    if len(needed) != 6:
+        raise ValueError(
+            f"needed has {len(needed)} entries; give 6: query, key, value, rpb, additional keys and values"
+        )
+    shape, dtype = tuple(inputs.query.shape[:-1]), lse_dtype(inputs.query)
+    whole = (*shape, inputs.value.shape[-1])
+    saved = (("out", out, whole, inputs.query.dtype), ("grad_out", grad_out, whole, inputs.query.dtype))
+    for name, tensor, want, kind in (*saved, ("lse", lse, shape, dtype), ("grad_lse", grad_lse, shape, dtype)):
+        if tensor is None:
+            continue
+        _expect(name, tensor, want, "as in the forward's output")
+        if tensor.dtype != kind:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected {kind}; cast it")
+        if tensor.device != inputs.query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {inputs.query.device}; move them to one device")
+
+
+def lse_dtype(query: Tensor) -> torch.dtype:
+    """float64 for float64 inputs, else float32."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32

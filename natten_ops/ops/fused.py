@@ -19,6 +19,7 @@ from natten_ops.ops._register import (
     LIBRARY,
     SingleLevelFunction,
     below_autograd,
+    no_autocast,
     register_autocast,
     register_autograd,
     register_composite,
@@ -26,7 +27,7 @@ from natten_ops.ops._register import (
     register_vmap,
     wake,
 )
-from natten_ops.ops.arguments import Settings, check_inputs
+from natten_ops.ops.arguments import Settings, autocast_inputs, check_inputs, check_saved, checked_scale, lse_dtype
 from natten_ops.reference import Inputs
 
 FORWARD, BACKWARD = "neighborhood_attention_lse", "neighborhood_attention_lse_backward"
@@ -40,25 +41,38 @@ GRADIENTS = ("query", "key", "value", "rpb", "additional_keys", "additional_valu
 # ---- composites ----------------------------------------------------------------------------------------------------
 
 
-def _composite(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int] = (1,),
-    dilation: Sequence[int] = (1,),
-    is_causal: Sequence[bool] = (False,),
-    *extras: Any,
-    **keywords: Any,
-) -> Tensor:
-    """na1d, na2d and na3d. The dispatcher leaves defaults out, hence the broadcast."""
-    rank = len(kernel_size)
-    lists: list[Any] = [[*values] * (rank // len(values)) for values in (stride, dilation, is_causal)]
-    return forward_op(query, key, value, kernel_size, *lists, *extras, **keywords)[0]
+def _composite(rank: int) -> Callable[..., Tensor]:
+    """na1d, na2d and na3d."""
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (1,),
+        dilation: Sequence[int] = (1,),
+        is_causal: Sequence[bool] = (False,),
+        *extras: Any,
+        **keywords: Any,
+    ) -> Tensor:
+        # The dispatcher leaves defaults out and does not hold lists to the rank.
+        lists = (kernel_size, stride, dilation, is_causal)
+        full: list[Any] = [[*values] * rank if len(values) == 1 else [*values] for values in lists]
+        if not isinstance(query, Tensor):
+            raise TypeError(f"query is {query}; give a torch.Tensor")
+        if len(full[0]) != rank or query.dim() != rank + 3:
+            raise ValueError(
+                f"kernel_size={full[0]} with a query of {query.dim()} dims; na{rank}d takes {rank} entries or one, "
+                f"and {rank + 3} dims: [batch, {rank} axes, heads, head dim]"
+            )
+        out: Tensor = forward_op(query, key, value, *full, *extras, **keywords)[0]
+        return out
+
+    return attend
 
 
 for rank in (1, 2, 3):
-    register_composite(f"na{rank}d", _composite)
+    register_composite(f"na{rank}d", _composite(rank))
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -127,17 +141,15 @@ def _call_backward(settings: _BackwardSettings, tensors: Sequence[Any], call: Ca
 # ---- fake ----------------------------------------------------------------------------------------------------------
 
 
-def _lse_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
 def _fake_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     wake()
     settings, inputs = _split(*args, **kwargs)
     query = inputs.query
     check_inputs(inputs, *settings.geometry())
+    checked_scale(settings.scale)
+    backends.check_id(settings.backend)
     out = query.new_empty([*query.shape[:-1], inputs.value.shape[-1]])
-    return out, query.new_empty(query.shape[:-1], dtype=_lse_dtype(query))
+    return out, query.new_empty(query.shape[:-1], dtype=lse_dtype(query))
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -145,6 +157,8 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     (settings, needed, _), tensors = _split_backward(*args)
     inputs = Inputs(*tensors[4:])
     check_inputs(inputs, *settings.geometry())
+    check_saved(tensors[0], tensors[1], tensors[2], tensors[3], inputs, needed)
+    backends.check_id(settings.backend)
     sources = [getattr(inputs, name) if need else None for name, need in zip(GRADIENTS, needed)]
     return tuple(inputs.query.new_empty([0]) if t is None else t.new_empty(t.shape) for t in sources)
 
@@ -187,7 +201,8 @@ class _Forward(SingleLevelFunction):
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
         inputs = Inputs(*ctx.saved_tensors[: len(tangents)])
         params, box = ctx.settings.geometry()
-        return reference.forward_jvp(inputs, _input_tangents(inputs, tangents), params, box, ctx.settings.scale)
+        with no_autocast(inputs.query.device.type):
+            return reference.forward_jvp(inputs, _input_tangents(inputs, tangents), params, box, ctx.settings.scale)
 
 
 def _input_tangents(inputs: Inputs, tangents: Sequence[Any]) -> Inputs:
@@ -221,9 +236,10 @@ class _Backward(SingleLevelFunction):
             result = reference.backward(full[0], full[1], Inputs(*[*full[2:], mask]), params, box, settings.scale)
             return tuple(_of_needed(result, needed))
 
-        pull: Any = torch.func.vjp(formula, *(saved[i] for i in present))[1]
         chosen = tuple(c for c, name, need in zip(cotangents, GRADIENTS, needed) if need and _has(saved, name))
-        pulled = dict(zip(present, pull(chosen)))
+        with no_autocast(saved[2].device.type):
+            pull: Any = torch.func.vjp(formula, *(saved[i] for i in present))[1]
+            pulled = dict(zip(present, pull(chosen)))
         wanted = [*ctx.needs_input_grad[1:3], *ctx.needs_input_grad[5:]]
         slots = [pulled.get(i) if wanted[i] else None for i in range(len(saved) - 1)]
         return None, *slots[:2], None, None, *slots[2:], None
@@ -235,15 +251,11 @@ class _Backward(SingleLevelFunction):
         params, box = settings.geometry()
         inputs = Inputs(*saved[2:])
         grads_t = _zeros_for_none(saved[:2], tangents[:2])
-        result = reference.backward_jvp(
-            saved[:2],
-            (grads_t[0], grads_t[1]),
-            inputs,
-            _input_tangents(inputs, tangents[4:]),
-            params,
-            box,
-            settings.scale,
-        )
+        inputs_t = _input_tangents(inputs, tangents[4:])
+        with no_autocast(inputs.query.device.type):
+            result = reference.backward_jvp(
+                saved[:2], (grads_t[0], grads_t[1]), inputs, inputs_t, params, box, settings.scale
+            )
         empty = inputs.query.new_zeros([0])
         values = [getattr(result, name) if need else None for name, need in zip(GRADIENTS, needed)]
         return tuple(empty if value is None else value for value in values)
@@ -268,15 +280,7 @@ register_autograd(BACKWARD, backward_op, _Backward, _split_backward)
 def _casting_forward(*args: Any, **kwargs: Any) -> Callable[[torch.dtype, str], Any]:
     settings, inputs = _split(*args, **kwargs)
 
-    def run(dtype: torch.dtype, device_type: str) -> Any:
-        def cast(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or tensor.device.type != device_type or tensor.dtype == torch.float64:
-                return tensor
-            return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-        return _call_forward(settings, [*map(cast, inputs[:5]), *inputs[5:]])
-
-    return run
+    return lambda dtype, device_type: _call_forward(settings, autocast_inputs(inputs, dtype, device_type))
 
 
 register_autocast(FORWARD, _casting_forward)
@@ -286,23 +290,33 @@ register_autocast(FORWARD, _casting_forward)
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """The mapped dimension folded into the batch."""
+    """The mapped dimension folded into the batch; copies what is not mapped, once a sample."""
     if tensor is None:
         return None
     moved = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return moved.flatten(0, 1)
 
 
-def _unfold(outputs: Sequence[Tensor], size: int) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    return tuple(t.unflatten(0, (size, t.shape[0] // size)) for t in outputs), (0,) * len(outputs)
+def _unfold(outputs: Sequence[Tensor], query: Tensor, dim: int | None, size: int) -> Any:
+    """The batch of each output split again; a gradient that was not needed has one dim, of size 0."""
+    shape = list(query.shape)
+    if dim is not None:
+        shape.pop(dim)
+    return tuple(t.unflatten(0, (size, shape[0] if t.dim() > 1 else 0)) for t in outputs), (0,) * len(outputs)
 
 
 def _sample_by_sample(call: Any, settings: Any, tensors: Sequence[Any], dims: Sequence[int | None], size: int) -> Any:
     """The way that is always right: a bias table has no batch dimension into which a mapped one could be folded."""
-    results = [
-        call(settings, [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims)]) for i in range(size)
-    ]
-    return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
+
+    def sample(i: int) -> list[Any]:
+        return [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims)]
+
+    if size == 0:  # one call on zeros tells the shapes
+        tensors = [
+            t if dim is None else t.new_zeros([*t.shape[:dim], 1, *t.shape[dim + 1 :]]) for t, dim in zip(tensors, dims)
+        ]
+    results = [call(settings, sample(i)) for i in range(max(size, 1))]
+    return tuple(torch.stack(parts)[:size] for parts in zip(*results)), (0,) * len(results[0])
 
 
 def _vmap_forward(size: int, dims: Sequence[int | None], settings: Settings, tensors: Sequence[Any]) -> Any:
@@ -310,7 +324,7 @@ def _vmap_forward(size: int, dims: Sequence[int | None], settings: Settings, ten
     if dims[rpb] is not None:
         return _sample_by_sample(_call_forward, settings, tensors, dims, size)
     folded = [t if i == rpb else _fold(t, dim, size) for i, (t, dim) in enumerate(zip(tensors, dims))]
-    return _unfold(_call_forward(settings, folded), size)
+    return _unfold(_call_forward(settings, folded), tensors[0], dims[0], size)
 
 
 def _vmap_backward(size: int, dims: Sequence[int | None], settings: _BackwardSettings, tensors: Sequence[Any]) -> Any:
@@ -319,7 +333,7 @@ def _vmap_backward(size: int, dims: Sequence[int | None], settings: _BackwardSet
         # The table's gradient sums over the batch: folding would mix the samples.
         return _sample_by_sample(_call_backward, settings, tensors, dims, size)
     folded = [t if i == rpb else _fold(t, dim, size) for i, (t, dim) in enumerate(zip(tensors, dims))]
-    return _unfold(_call_backward(settings, folded), size)
+    return _unfold(_call_backward(settings, folded), tensors[4], dims[4], size)
 
 
 register_vmap(FORWARD, _split, _call_forward, _vmap_forward)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT
+# make demo      build, then train, export and reload a model on real images
+# make test      build, check the style, then run the tests
+# make build     install this folder (editable); again after a change of C++ or of this folder's list of files
+# make lint | test-slow | bench | wheel | clean
+#
+# All set everything up: in the active virtual environment if it has torch >= 2.11, else in .venv, which sees the
+# system's torch if that is new enough and gets TORCH otherwise. PYTHON=..., TORCH=... and PIP_ARGS=... override.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+mode := $(shell $(PYTHON) -c "import sys, importlib.metadata as m; \
+	new = tuple(map(int, m.version('torch').split('.')[:2])) >= (2, 11); \
+	print(('here' if sys.prefix != sys.base_prefix else 'system') if new else '')" 2>/dev/null)
+PY := $(if $(filter here,$(mode)),$(PYTHON),.venv/bin/python)
+# The mark lies in the environment that it speaks of: another one that is activated later has none yet.
+ready := $(if $(filter here,$(mode)),$(shell $(PYTHON) -c "import sys; print(sys.prefix)"),.venv)/natten_ops-ready
+pip := $(PY) -m pip --no-input
+scripts := $$($(PY) -c "import sysconfig; print(sysconfig.get_path('scripts'))")
+torch_found := $$($(PY) -c "import importlib.metadata as m; print(m.version('torch'))")
+
+demo: build
+	$(PY) examples/demo.py
+
+test: build lint
+	$(PY) -m pytest -q
+
+test-slow: build
+	$(PY) -m pytest -q -m slow
+
+lint: $(ready)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy natten_ops lowerings
+
+bench: build
+	$(PY) bench/run.py
+
+build: $(ready)
+	$(pip) install -q --no-deps --no-build-isolation -e .
+
+# Fails if the library needs other libraries than torch's and the system's, or more of torch than its stable ABI.
+wheel: $(ready)
+	rm -rf dist
+	$(pip) wheel -q --no-deps --no-build-isolation -w dist/built .
+	PATH="$(scripts):$$PATH" $(PY) -m auditwheel repair --exclude libtorch_cpu.so -w dist dist/built/*.whl
+	$(PY) -m zipfile -e dist/*.whl dist/unpacked
+	$(PY) -c "import sys; from torch_abi_audit.cli import main; sys.exit(main())" --check torch dist/unpacked/natten_ops/libnatten_ops.so
+	rm -rf dist/built dist/unpacked
+	ls dist
+
+# First the build tools, then this folder with the tools of its tests, lint and demo. Torch is named as it is found, so
+# that pip can neither replace it nor fetch another.
+$(ready): pyproject.toml Makefile
+	$(if $(filter here,$(mode)),,$(PYTHON) -m venv $(if $(mode),--system-site-packages) .venv)
+	$(pip) install -q $(PIP_ARGS) $(if $(mode),,"$(TORCH)") scikit-build-core cmake ninja
+	$(pip) install -q $(PIP_ARGS) --no-build-isolation -e ".[dev]" "torch==$(torch_found)"
+	touch $@
+
+clean:
+	rm -rf build dist demo_out .venv
+
+.PHONY: demo test test-slow lint bench build wheel clean
