@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What is shipped: the symbols of the library, the files of wheel and sdist, imports in fresh processes, configure errors."""
 
+import functools
 import os
 import platform
 import re
@@ -102,10 +103,9 @@ def test_the_capability_only_lowers(word, bound):
     assert done.stdout == f"{min(bound, native)}\n", done.stderr
 
 
-def _native_bytes(code, _memory={}):  # noqa: B006  (one process for all words)
-    if not _memory:
-        _memory[0] = int(python(code, natten_ops.library_path()).stdout)
-    return _memory[0]
+@functools.lru_cache(maxsize=1)  # one process for all words
+def _native_bytes(code):
+    return int(python(code, natten_ops.library_path()).stdout)
 
 
 def test_importing_wakes_no_compiler():

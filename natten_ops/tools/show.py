@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: MIT
+"""What a query sees, as text and as pictures: the window of one query, or of every query of an axis.
+
+Every window here comes from `natten_ops.geometry`; nothing computes one anew. Pictures need matplotlib, imported only
+when one is drawn. Colours are of the Okabe-Ito palette, and the query also has a shape of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from natten_ops.geometry.masks import axis_mask
+from natten_ops.geometry.params import AXIS_NAMES
+from natten_ops.tools.why import checked_params, describe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+QUERY, VISIBLE, OTHER = "Q", "#", "."
+QUERY_COLOUR, VISIBLE_COLOUR, OTHER_COLOUR = "#d55e00", "#56b4e9", "#ececec"
+
+
+def visible_keys(
+    spatial_shape: Sequence[int],
+    query: Sequence[int],
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+) -> Tensor:
+    """The window of one query as a mask: the product over the axes of the keys that it sees on each.
+
+    Args:
+        spatial_shape: tokens of each axis, 1 to 3 of them.
+        query: coordinates of the query, in tokens, one an axis.
+        kernel_size, stride, dilation, is_causal: as in `natten_ops.na2d`, in tokens.
+
+    Returns:
+        bool `[*spatial_shape]`, True where the key is visible.
+
+    Raises:
+        ValueError, TypeError: settings that do not fit the grid, or a query outside of it.
+
+    Example:
+        >>> from natten_ops.tools import visible_keys
+        >>> visible_keys((6,), (0,), kernel_size=3).int().tolist()
+        [1, 1, 1, 0, 0, 0]
+    """
+    params = checked_params(spatial_shape, kernel_size, stride, dilation, is_causal)
+    if len(query) != len(spatial_shape):
+        raise ValueError(f"query={tuple(query)} has {len(query)} coordinates for {len(spatial_shape)} spatial axes")
+    window = torch.ones((), dtype=torch.bool)
+    for axis, (position, length) in enumerate(zip(query, spatial_shape)):
+        if not 0 <= position < length:
+            raise ValueError(f"query[{axis}]={position} is outside of the grid; give 0 to {length - 1}")
+        window = window[..., None] & axis_mask(params, axis, length, length)[position]
+    return window
+
+
+def show(spatial_shape: Sequence[int], query: Sequence[int], **geometry: Any) -> str:
+    """The window of one query as text: `Q` the query, `#` a key that it sees, `.` any other token.
+
+    Args:
+        spatial_shape, query: as in `visible_keys`.
+        geometry: kernel_size, stride, dilation and is_causal, as in `visible_keys`.
+
+    Returns:
+        A heading and the grid; of a 3-D grid the slices in which something is visible.
+
+    Raises:
+        ValueError, TypeError: as `visible_keys`.
+
+    Example:
+        >>> from natten_ops.tools import show
+        >>> print(show((12,), (5,), kernel_size=3, dilation=2))
+        12 tokens, kernel_size 3, dilation 2: query 5 sees 3 keys
+            012345678901
+            ...#.Q.#....
+    """
+    window = visible_keys(spatial_shape, query, **geometry)
+    where = str(query[0]) if len(query) == 1 else str(tuple(query))
+    lines = [f"{_title(spatial_shape, **geometry)}: query {where} sees {int(window.sum())} keys"]
+    if len(spatial_shape) < 3:
+        return "\n".join(lines + _grid_lines(window, query))
+    for z, window_yx in enumerate(window):
+        if window_yx.any():
+            lines.append(f"z = {z}")
+            lines += _grid_lines(window_yx, query[1:] if z == query[0] else None)
+    return "\n".join(lines)
+
+
+def _grid_lines(window: Tensor, query: Sequence[int] | None) -> list[str]:
+    """A ruler of column numbers (last digits) and one line for each row, numbered if there are several."""
+    rows = window.reshape(-1, window.shape[-1])
+    lines = ["    " + "".join(str(x % 10) for x in range(rows.shape[1]))]
+    for y, row in enumerate(rows.tolist()):
+        cells = [VISIBLE if seen else OTHER for seen in row]
+        if query is not None and (len(query) == 1 or query[0] == y):
+            cells[query[-1]] = QUERY
+        number = "" if window.dim() == 1 else str(y)
+        lines.append(f"{number:>3} {''.join(cells)}")
+    return lines
+
+
+def _title(
+    spatial_shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+) -> str:
+    return describe(spatial_shape, checked_params(spatial_shape, kernel_size, stride, dilation, is_causal))
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def new_figure(columns: int = 1, rows: int = 1, width: float = 3.2, height: float = 3.4) -> tuple[Any, list[Any]]:
+    """A figure of `rows * columns` pictures, each width x height inches, and their axes, row-major.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the extra that brings it.
+
+    Example:
+        >>> from natten_ops.tools.show import new_figure
+        >>> figure, axes = new_figure(columns=3)
+        >>> len(axes)
+        3
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'natten-ops[demo]'") from error
+    # No pyplot: a figure of one's own needs no display, no global state and no closing.
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def draw_window(
+    spatial_shape: Sequence[int],
+    query: Sequence[int],
+    axes: Axes | None = None,
+    title: str | None = None,
+    **geometry: Any,
+) -> Any:
+    """The window of one query as coloured cells: orange the query, blue the keys that it sees, grey the rest.
+
+    Args:
+        spatial_shape, query: as in `visible_keys`; 1-D is one row, of 3-D the slice of the query is drawn.
+        axes: matplotlib axes to draw on; None makes a figure.
+        title: above the picture; None names the geometry.
+        geometry: kernel_size, stride, dilation and is_causal, as in `visible_keys`.
+
+    Returns:
+        The matplotlib figure; `figure.savefig(path)` writes it.
+
+    Raises:
+        ValueError, TypeError, ImportError: as `visible_keys`; matplotlib is missing.
+
+    Example:
+        >>> from natten_ops.tools import draw_window
+        >>> figure = draw_window((12, 12), (3, 3), kernel_size=5, dilation=2)
+    """
+    window = visible_keys(spatial_shape, query, **geometry)
+    if title is None:
+        title = _title(spatial_shape, **geometry).replace(" tokens, ", " tokens\n")
+        title += f"\nslice z = {query[0]}" if len(spatial_shape) == 3 else ""
+    if len(spatial_shape) == 3:
+        window = window[query[0]]
+    cells = window.reshape(-1, window.shape[-1])
+    axes = axes if axes is not None else new_figure()[1][0]
+    _draw_cells(axes, cells, title)
+    _mark(axes, query[-1] + 0.5, query[-2] + 0.5 if len(query) > 1 else 0.5, 1.0)
+    _tick(axes, cells.shape, len(spatial_shape))
+    return axes.figure
+
+
+def draw_all_windows(length: int, axes: Axes | None = None, title: str | None = None, **geometry: Any) -> Any:
+    """Every window of one axis: row i is query i, blue the keys that it sees, orange the query itself.
+
+    Args:
+        length: tokens of the axis.
+        axes, title, geometry: as in `draw_window`.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError, TypeError, ImportError: as `draw_window`.
+
+    Example:
+        >>> from natten_ops.tools import draw_all_windows
+        >>> figure = draw_all_windows(12, kernel_size=5, is_causal=True)
+    """
+    rows = torch.stack([visible_keys((length,), (i,), **geometry) for i in range(length)])
+    axes = axes if axes is not None else new_figure()[1][0]
+    _draw_cells(axes, rows, title if title is not None else _title((length,), **geometry))
+    for i in range(length):
+        _mark(axes, i + 0.5, i + 0.5, 1.0)
+    _tick(axes, rows.shape, 2)
+    axes.set(xlabel="key", ylabel="query")
+    return axes.figure
+
+
+def draw_on_image(
+    image: Any,
+    spatial_shape: Sequence[int],
+    query: Sequence[int],
+    axes: Axes | None = None,
+    title: str | None = None,
+    **geometry: Any,
+) -> Any:
+    """An image cut into tokens: bright where the query sees, dim elsewhere, the query in an orange frame.
+
+    Args:
+        image: `[height, width]` or `[height, width, 3 or 4]`, floats in [0, 1] or bytes.
+        spatial_shape: tokens of the two axes; the image is divided evenly among them.
+        query: (y, x) of the query, in tokens.
+        axes, title, geometry: as in `draw_window`.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError, TypeError, ImportError: as `draw_window`; an image or a grid that is not 2-D.
+
+    Example:
+        >>> import torch
+        >>> from natten_ops.tools import draw_on_image
+        >>> figure = draw_on_image(torch.rand(64, 64, 3).numpy(), (8, 8), (0, 3), kernel_size=3)
+    """
+    if len(spatial_shape) != 2:
+        raise ValueError(f"an image has 2 spatial axes, and spatial_shape={tuple(spatial_shape)} has another number")
+    if getattr(image, "ndim", None) not in (2, 3):
+        raise ValueError(f"image has shape {getattr(image, 'shape', None)}; give [height, width] or [height, width, 3]")
+    window = visible_keys(spatial_shape, query, **geometry)
+    axes = axes if axes is not None else new_figure(width=4.2, height=3.4)[1][0]
+    height, width = image.shape[:2]
+    cell_y, cell_x = height / spatial_shape[0], width / spatial_shape[1]
+    axes.imshow(image, cmap="gray" if image.ndim == 2 else None, extent=(0, width, height, 0))
+    veil = torch.zeros(*window.shape, 4)  # black, and opaque where nothing is seen
+    veil[..., 3] = (~window) * 0.62
+    axes.imshow(veil.numpy(), extent=(0, width, height, 0), interpolation="nearest")
+    for y, x in window.nonzero().tolist():
+        _frame(axes, x * cell_x, y * cell_y, cell_x, cell_y, "white", 0.8)
+    for colour, line in (("white", 5.0), (QUERY_COLOUR, 2.5)):  # a white rim, for images that are orange themselves
+        _frame(axes, query[1] * cell_x, query[0] * cell_y, cell_x, cell_y, colour, line)
+    axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+    axes.set_title(title if title is not None else _title(spatial_shape, **geometry), fontsize=9)
+    return axes.figure
+
+
+def _draw_cells(axes: Axes, cells: Tensor, title: str) -> None:
+    from matplotlib.colors import ListedColormap
+
+    colours = ListedColormap([OTHER_COLOUR, VISIBLE_COLOUR])
+    axes.pcolormesh(cells.int().numpy(), cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=0.8)
+    axes.set(xlim=(0, cells.shape[1]), ylim=(cells.shape[0], 0), aspect="equal")
+    axes.set_title(title, fontsize=9)
+
+
+def _mark(axes: Axes, x: float, y: float, size: float) -> None:
+    from matplotlib.patches import Circle, Rectangle
+
+    corner = (x - size / 2, y - size / 2)
+    axes.add_patch(Rectangle(corner, size, size, facecolor=QUERY_COLOUR, edgecolor="white", linewidth=0.8))
+    axes.add_patch(Circle((x, y), size * 0.16, facecolor="white", edgecolor="none"))
+
+
+def _frame(axes: Axes, x: float, y: float, width: float, height: float, colour: str, line: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line))
+
+
+def _tick(axes: Axes, shape: Sequence[int], rank: int) -> None:
+    """Numbers at the centres of cells, about six an axis."""
+    steps = [max(1, round(count / 6)) for count in shape]
+    axes.set_xticks([x + 0.5 for x in range(0, shape[1], steps[1])], [str(x) for x in range(0, shape[1], steps[1])])
+    rows = range(0, shape[0], steps[0]) if rank > 1 else range(0)
+    axes.set_yticks([y + 0.5 for y in rows], [str(y) for y in rows])
+    axes.tick_params(length=0, labelsize=7)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if rank > 1:
+        names = AXIS_NAMES[rank][-2:]
+        axes.set_ylabel(names[0], fontsize=8)
+    axes.set_xlabel("x", fontsize=8)
