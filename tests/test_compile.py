@@ -129,15 +129,30 @@ def test_sub_boxes_do_not_recompile_for_every_origin():
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
-    def part(x, origin: int):
+    def part(query, x, origin: int):
         return natten_ops.neighborhood_attention(
-            x, x, x, kernel_size=3, q_origin=[origin], kv_origin=[origin], extent=[x.shape[0] * 0 + 64]
+            query, x, x, kernel_size=5, dilation=2, q_origin=[origin], kv_origin=[0], extent=[x.shape[1]]
         )
 
-    whole = torch.randn(1, 64, 2, 4)
-    out = part(whole, 0)
-    torch.testing.assert_close(out, natten_ops.na1d(whole, whole, whole, kernel_size=3))
-    assert counter.frame_count == 1
+    for length, origin, count in ((64, 3, 9), (64, 7, 9), (64, 20, 9), (70, 31, 12), (80, 40, 7), (90, 11, 30)):
+        x = torch.randn(1, length, 2, 4)
+        whole = natten_ops.na1d(x, x, x, kernel_size=5, dilation=2)
+        out = part(x[:, origin : origin + count], x, origin)
+        torch.testing.assert_close(out, whole[:, origin : origin + count])
+    assert counter.frame_count <= 3  # static, then a dynamic origin, then dynamic sizes
+
+
+def test_a_sub_box_that_does_not_cover_is_refused_when_compiled_too():
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def part(query, x, origin: int):
+        return natten_ops.neighborhood_attention(
+            query, x, x, kernel_size=5, q_origin=[origin], kv_origin=[4], extent=[64]
+        )
+
+    x = torch.randn(1, 20, 2, 4)
+    part(x[:, :8], x, 8)
+    with pytest.raises((RuntimeError, ValueError), match="see keys"):
+        part(x[:, :8], x, 3)
 
 
 def test_mark_dynamic_and_dynamic_true():
