@@ -67,11 +67,30 @@ NATTEN_INLINE Vector<float> load(const float16* p) {
   return v;
 #endif
 }
-// The first `count` lanes, zeros behind them; reads nothing past them.
+// The first `count` lanes (fewer than all), zeros behind them; reads nothing past them. Masked loads where the CPU has
+// them: with a copy through memory a head dim of 8 took 5 times as long as 16 in 512-bit vectors, with them 1.1 times.
 template <class T> NATTEN_INLINE Vector<Accumulate<T>> load_part(const T* p, int count) {
+#if defined(__AVX512F__)
+  const unsigned lanes = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>) return (Vector<float>)_mm512_maskz_loadu_ps(__mmask16(lanes), p);
+  if constexpr (std::is_same_v<T, double>) return (Vector<double>)_mm512_maskz_loadu_pd(__mmask8(lanes), p);
+  if constexpr (std::is_same_v<T, float16>)
+    return (Vector<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16(lanes), p));
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(lanes), p)), 16);
+#else
+#if defined(__AVX2__)
+  static const int64_t on[8] = {-1, -1, -1, -1, 0, 0, 0, 0};  // as int32: eight ones, then eight zeros
+  const int32_t* const words = reinterpret_cast<const int32_t*>(on);
+  if constexpr (std::is_same_v<T, float>)
+    return (Vector<float>)_mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i*)(words + 8 - count)));
+  if constexpr (std::is_same_v<T, double>)
+    return (Vector<double>)_mm256_maskload_pd(p, _mm256_loadu_si256((const __m256i*)(on + 4 - count)));
+#endif
   T padded[kLanes<Accumulate<T>>] = {};
   std::memcpy(padded, p, size_t(count) * sizeof(T));
   return load(padded);
+#endif
 }
 template <class A> NATTEN_INLINE void store(A* p, Vector<A> v) { std::memcpy(p, &v, sizeof v); }
 template <class A> NATTEN_INLINE Vector<A> splat(A x) { return x - Vector<A>{}; }
