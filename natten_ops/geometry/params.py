@@ -212,7 +212,8 @@ def check_integer(name: str, value: Any) -> None:
 def _flags(name: str, value: Any, rank: int) -> tuple[bool, ...]:
     values = _broadcast(name, value, rank, "bool")
     for axis, flag in enumerate(values):
-        if not type(flag).__name__.startswith("bool"):  # numpy has bools of its own
+        # numpy has bools of its own; Dynamo of torch 2.11 cannot trace a type's name, and need not for a plain bool
+        if not isinstance(flag, bool) and type(flag).__name__ not in ("bool", "bool_"):
             raise TypeError(f"{name}[{axis}]={flag!r} is a {type(flag).__name__}; give True or False")
     return tuple(bool(flag) for flag in values)
 
