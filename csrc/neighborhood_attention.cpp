@@ -74,7 +74,7 @@ std::vector<Tensor> make_gradients(const Arguments& a, const Flags& needed, Prob
 void run_backward(const cpu::BackwardKernels& kernels, Problem& p, const Tensor& partials) {
   const int64_t scratch = kernels.scratch_bytes(p), queries = kernels.query_items(p);
   const double work = work_of(p);
-  run(kernels.prepare, p, queries, scratch, work / 8);
+  run(kernels.prepare, p, queries, scratch, work);
   if (p.grad_rpb.data) {
     p.rpb_partials = partials.data_ptr();
     run_parts(kernels.query, p, queries, scratch, kRpbChunks);

@@ -1,52 +1,80 @@
 // SPDX-License-Identifier: MIT
 // Backward of the general path, deterministic without atomics: each gradient row has one owner that adds in a fixed
 // order. Queries own their row of dq (keys of the window); keys own their rows of dk and dv (queries of the inverse
-// window), so scores are computed twice, 7 products instead of 5. Compiled once per ISA.
+// window), and delta is summed from the weights first, so scores are computed three times: 9 products instead of 5. Compiled once per ISA.
 //
-// With P = exp(s - lse) and delta = <dout, out> - dlse:  ds = P (<dout, v> - delta),  dq = scale ds k,
+// With P = exp(s - lse) and delta = sum of P <dout, v> - dlse:  ds = P (<dout, v> - delta),  dq = scale ds k,
 // dk = scale ds q,  dv = P dout,  dbias = sum of ds.
 #include "general.h"
 
 namespace natten {
 namespace {
 
-// delta and row_lse of every query: what the other passes read of out, lse and their gradients.
-template <class T> void prepare(const Problem& p, void*, int64_t, int64_t begin, int64_t end) {
-  using A = Accumulate<T>;
-  const A infinity = A(__builtin_inf());
-  for_tokens(p.q_shape, begin, end, [&](int64_t b, const int64_t* token) {
-    for (int64_t h = 0; h < p.heads; ++h) {
-      const A lse = head_of<A>(p.lse, b, h)[token_of(p.lse, token)];
-      A delta = 0;
-      if (p.grad_out.data) {
-        const T* out = head_of<T>(p.out, b, h) + token_of(p.out, token);
-        const T* grad = head_of<T>(p.grad_out, b, h) + token_of(p.grad_out, token);
-        for (int64_t d = 0; d < p.value_dim; ++d) delta += widen(out[d * p.out.dim]) * widen(grad[d * p.grad_out.dim]);
-      }
-      if (p.grad_lse.data) delta -= head_of<A>(p.grad_lse, b, h)[token_of(p.grad_lse, token)];
-      const bool dead = lse == -infinity;  // then every weight is exp(-inf) = 0, whatever the gradients are
-      const int64_t at = token_of(p.delta, token);
-      head_of<A>(p.delta, b, h)[at] = dead ? A(0) : delta;
-      head_of<A>(p.row_lse, b, h)[at] = dead ? infinity : lse;
-    }
-  });
-}
-
 // exp(s - lse). Both passes have the forward's logits bit for bit (to_logits), so the argument is at most the rounding
 // of lse above 0.
 template <class A> NATTEN_INLINE Vector<A> weight_of(Vector<A> score, Vector<A> lse) { return exp_negative(score - lse); }
-
-// scores -> ds, for one query against many keys.
-template <class A> inline void slopes_of_query(A* scores, const A* slopes, int64_t count, A lse, A delta) {
-  for (int64_t i = 0; i < count; i += kLanes<A>)
-    store(scores + i, weight_of<A>(load(scores + i), splat(lse)) * (load(slopes + i) - splat(delta)));
-}
 
 // <dout, value> of the listed rows; 0 where out has no gradient.
 template <class T, class A>
 inline void output_slopes(const Problem& p, const A* row, const RowSource<T>& rows, const int64_t* offset, int64_t count, A* slopes) {
   if (p.grad_out.data) score_rows(row, rows, offset, count, slopes);
   else std::memset(slopes, 0, size_t(count) * sizeof(A));
+}
+
+// Adds sum of P <dout, v> over the keys of one walk: delta, without the rounding that a 16-bit out has in it. With
+// <dout, out> instead, gradients where <dout, v> - delta cancels were off by 20 times the error of torch's op in float16.
+template <class T>
+inline Accumulate<T> delta_of(const Problem& p, const Walk& walk, List& list, Scratch<T>& s, int64_t b, int64_t h,
+                              const Rows& key, const Rows& value, bool biased, Accumulate<T> lse) {
+  using A = Accumulate<T>;
+  const int64_t kv_head = h / (p.heads / p.heads_kv);
+  Vector<A> total{};
+  for (int64_t chunk = 0; chunk < chunks_of(walk); ++chunk) {
+    list_chunk(walk, chunk, list);
+    score_rows(s.query, source_of<T>(key, b, kv_head, p.head_dim, s.packed), list.offset[kKey], list.size, s.scores);
+    to_logits<T>(p, h, biased ? list.offset[kBias] : nullptr, list.size, s.scores);
+    output_slopes(p, s.grad, source_of<T>(value, b, kv_head, p.value_dim, s.packed), list.offset[kValue], list.size, s.slopes);
+    pad(s.scores, list.size, -A(__builtin_inf()));
+    pad(s.slopes, list.size, A(0));
+    for (int64_t i = 0; i < list.size; i += kLanes<A>)
+      total += weight_of<A>(load(s.scores + i), splat(lse)) * load(s.slopes + i);
+  }
+  return sum<A>(total);
+}
+
+// delta and row_lse of every query: what the other passes read of lse and the outputs' gradients.
+template <class T> void prepare(const Problem& p, void* memory, int64_t, int64_t begin, int64_t end) {
+  using A = Accumulate<T>;
+  const A infinity = A(__builtin_inf());
+  Scratch<T> s;
+  Scratch<T>::carve(p, memory, &s);
+  const Walk additional = additional_walk(p);
+  s.extra->loaded = -1;
+  for_tokens(p.q_shape, begin, end, [&](int64_t b, const int64_t* token) {
+    const Walk walk = window_walk(p, b, token);
+    s.window->loaded = -1;
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const A lse = head_of<A>(p.lse, b, h)[token_of(p.lse, token)];
+      const bool dead = lse == -infinity;  // then every weight is exp(-inf) = 0, whatever the gradients are
+      A delta = 0;
+      if (p.grad_out.data && !dead) {
+        widen_row(head_of<T>(p.query, b, h) + token_of(p.query, token), p.query.dim, p.head_dim, A(1), s.query);
+        widen_row(head_of<T>(p.grad_out, b, h) + token_of(p.grad_out, token), p.grad_out.dim, p.value_dim, A(1), s.grad);
+        delta = delta_of(p, walk, *s.window, s, b, h, p.key, p.value, p.rpb.data != nullptr, lse);
+        if (p.additional) delta += delta_of(p, additional, *s.extra, s, b, h, p.additional_keys, p.additional_values, false, lse);
+      }
+      if (p.grad_lse.data && !dead) delta -= head_of<A>(p.grad_lse, b, h)[token_of(p.grad_lse, token)];
+      const int64_t at = token_of(p.delta, token);
+      head_of<A>(p.delta, b, h)[at] = delta;
+      head_of<A>(p.row_lse, b, h)[at] = dead ? infinity : lse;
+    }
+  });
+}
+
+// scores -> ds, for one query against many keys.
+template <class A> inline void slopes_of_query(A* scores, const A* slopes, int64_t count, A lse, A delta) {
+  for (int64_t i = 0; i < count; i += kLanes<A>)
+    store(scores + i, weight_of<A>(load(scores + i), splat(lse)) * (load(slopes + i) - splat(delta)));
 }
 
 template <class T> void backward_query(const Problem& p, void* memory, int64_t part, int64_t begin, int64_t end) {
