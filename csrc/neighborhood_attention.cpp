@@ -74,12 +74,11 @@ std::vector<Tensor> make_gradients(const Arguments& a, const Flags& needed, Prob
 void run_backward(const cpu::BackwardKernels& kernels, Problem& p, const Tensor& partials) {
   const int64_t scratch = kernels.scratch_bytes(p), queries = kernels.query_items(p);
   const double work = work_of(p);
-  run(kernels.prepare, p, queries, scratch, work);
   if (p.grad_rpb.data) {
     p.rpb_partials = partials.data_ptr();
     run_parts(kernels.query, p, queries, scratch, kRpbChunks);
     run_parts(kernels.reduce_rpb, p, p.heads, scratch, 1);
-  } else if (p.grad_query.data) {
+  } else {
     run(kernels.query, p, queries, scratch, 2 * work);
   }
   if (p.grad_key.data || p.grad_value.data) run(kernels.key, p, kernels.key_items(p), scratch, 2 * work);

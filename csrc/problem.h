@@ -25,7 +25,7 @@ struct Problem {
   Rows key_mask;
   // backward
   Rows grad_out, grad_lse, grad_query, grad_key, grad_value, grad_additional_keys, grad_additional_values, grad_rpb;
-  Rows delta;            // [batch, queries, heads], dtype of lse: rowsum(grad_out * out) - grad_lse
+  Rows delta;            // [batch, queries, heads], dtype of lse: <grad_out, out> - grad_lse, before out was rounded
   Rows row_lse;          // the same shape: lse, with +inf for rows that attend to nothing
   void* rpb_partials;    // [kRpbChunks, heads, table] in the dtype of lse
 };

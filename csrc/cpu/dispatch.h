@@ -20,8 +20,7 @@ struct BackwardKernels {
   int64_t (*query_items)(const Problem&);
   int64_t (*key_items)(const Problem&);
   int64_t (*scratch_bytes)(const Problem&);
-  Pass prepare;     // query items: delta and row_lse, which every other pass reads
-  Pass query;       // query items: gradients of the query and, as partial sums, of the bias table
+  Pass query;       // query items, always first: delta and row_lse, gradients of the query and (partial sums) of the bias
   Pass key;         // key items: gradients of key and value
   Pass additional;  // batch * additional items: gradients of the additional tokens
   Pass reduce_rpb;  // heads: the bias table's partial sums, in fixed order

@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: MIT
 // Backward of the general path, deterministic without atomics: each gradient row has one owner that adds in a fixed
-// order. Queries own their row of dq (keys of the window); keys own their rows of dk and dv (queries of the inverse
-// window), and delta is summed from the weights first, so scores are computed three times: 9 products instead of 5. Compiled once per ISA.
+// order. Queries own their row of dq (keys of the window) and leave delta behind; keys own their rows of dk and dv
+// (queries of the inverse window). Scores are computed in both: 7 products instead of 5, 9 where a window needs more than
+// one chunk. Compiled once per ISA.
 //
-// With P = exp(s - lse) and delta = sum of P <dout, v> - dlse:  ds = P (<dout, v> - delta),  dq = scale ds k,
-// dk = scale ds q,  dv = P dout,  dbias = sum of ds.
+// With P = exp(s - lse) and delta = sum of P <dout, v> / sum of P - dlse:  ds = P (<dout, v> - delta),
+// dq = scale ds k,  dk = scale ds q,  dv = P dout,  dbias = sum of ds.
+//
+// Why delta is not <dout, out>, which is the same number: out has been rounded to the type of the inputs. Where
+// <dout, v> - delta cancels, gradients were off by 20 times the error of torch's op in float16. Division by sum of P
+// removes the rounding of lse, which at |lse| = 15 is 5e-7 of every weight and of delta.
 #include "general.h"
 
 namespace natten {
@@ -21,64 +26,79 @@ inline void output_slopes(const Problem& p, const A* row, const RowSource<T>& ro
   else std::memset(slopes, 0, size_t(count) * sizeof(A));
 }
 
-// Adds sum of P <dout, v> over the keys of one walk: delta, without the rounding that a 16-bit out has in it. With
-// <dout, out> instead, gradients where <dout, v> - delta cancels were off by 20 times the error of torch's op in float16.
-template <class T>
-inline Accumulate<T> delta_of(const Problem& p, const Walk& walk, List& list, Scratch<T>& s, int64_t b, int64_t h,
-                              const Rows& key, const Rows& value, bool biased, Accumulate<T> lse) {
+// The keys of one (query, head), chunk by chunk: first those of the window, then the additional ones.
+template <class T> struct QueryPass {
   using A = Accumulate<T>;
-  const int64_t kv_head = h / (p.heads / p.heads_kv);
-  Vector<A> total{};
-  for (int64_t chunk = 0; chunk < chunks_of(walk); ++chunk) {
-    list_chunk(walk, chunk, list);
-    score_rows(s.query, source_of<T>(key, b, kv_head, p.head_dim, s.packed), list.offset[kKey], list.size, s.scores);
-    to_logits<T>(p, h, biased ? list.offset[kBias] : nullptr, list.size, s.scores);
-    output_slopes(p, s.grad, source_of<T>(value, b, kv_head, p.value_dim, s.packed), list.offset[kValue], list.size, s.slopes);
-    pad(s.scores, list.size, -A(__builtin_inf()));
-    pad(s.slopes, list.size, A(0));
-    for (int64_t i = 0; i < list.size; i += kLanes<A>)
-      total += weight_of<A>(load(s.scores + i), splat(lse)) * load(s.slopes + i);
-  }
-  return sum<A>(total);
-}
+  const Problem& p;
+  Scratch<T>& s;
+  const Walk &window, &additional;
+  int64_t b, h, kv_head;
+  A lse;
 
-// delta and row_lse of every query: what the other passes read of lse and the outputs' gradients.
-template <class T> void prepare(const Problem& p, void* memory, int64_t, int64_t begin, int64_t end) {
-  using A = Accumulate<T>;
-  const A infinity = A(__builtin_inf());
-  Scratch<T> s;
-  Scratch<T>::carve(p, memory, &s);
-  const Walk additional = additional_walk(p);
-  s.extra->loaded = -1;
-  for_tokens(p.q_shape, begin, end, [&](int64_t b, const int64_t* token) {
-    const Walk walk = window_walk(p, b, token);
-    s.window->loaded = -1;
-    for (int64_t h = 0; h < p.heads; ++h) {
-      const A lse = head_of<A>(p.lse, b, h)[token_of(p.lse, token)];
-      const bool dead = lse == -infinity;  // then every weight is exp(-inf) = 0, whatever the gradients are
-      A delta = 0;
-      if (p.grad_out.data && !dead) {
-        widen_row(head_of<T>(p.query, b, h) + token_of(p.query, token), p.query.dim, p.head_dim, A(1), s.query);
-        widen_row(head_of<T>(p.grad_out, b, h) + token_of(p.grad_out, token), p.grad_out.dim, p.value_dim, A(1), s.grad);
-        delta = delta_of(p, walk, *s.window, s, b, h, p.key, p.value, p.rpb.data != nullptr, lse);
-        if (p.additional) delta += delta_of(p, additional, *s.extra, s, b, h, p.additional_keys, p.additional_values, false, lse);
-      }
-      if (p.grad_lse.data && !dead) delta -= head_of<A>(p.grad_lse, b, h)[token_of(p.grad_lse, token)];
-      const int64_t at = token_of(p.delta, token);
-      head_of<A>(p.delta, b, h)[at] = delta;
-      head_of<A>(p.row_lse, b, h)[at] = dead ? infinity : lse;
+  int64_t chunks() const { return chunks_of(window) + (p.additional ? chunks_of(additional) : 0); }
+
+  // Leaves P in s.scores and <dout, v> in s.slopes, both padded to whole vectors; then calls visit(list, keys, biased).
+  template <class Visit> void weigh(const Walk& walk, List& list, const Rows& key, const Rows& value, bool biased, const Visit& visit) {
+    const auto keys = source_of<T>(key, b, kv_head, p.head_dim, s.packed);
+    const auto values = source_of<T>(value, b, kv_head, p.value_dim, s.packed);
+    for (int64_t chunk = 0; chunk < chunks_of(walk); ++chunk) {
+      list_chunk(walk, chunk, list);
+      score_rows(s.query, keys, list.offset[kKey], list.size, s.scores);
+      to_logits<T>(p, h, biased ? list.offset[kBias] : nullptr, list.size, s.scores);
+      output_slopes(p, s.grad, values, list.offset[kValue], list.size, s.slopes);
+      pad(s.scores, list.size, -A(__builtin_inf()));
+      pad(s.slopes, list.size, A(0));
+      for (int64_t i = 0; i < list.size; i += kLanes<A>) store(s.scores + i, weight_of<A>(load(s.scores + i), splat(lse)));
+      visit(list, keys, biased);
     }
-  });
-}
+  }
+  template <class Visit> void for_chunks(const Visit& visit) {
+    weigh(window, *s.window, p.key, p.value, p.rpb.data != nullptr, visit);
+    if (p.additional) weigh(additional, *s.extra, p.additional_keys, p.additional_values, false, visit);
+  }
 
-// scores -> ds, for one query against many keys.
-template <class A> inline void slopes_of_query(A* scores, const A* slopes, int64_t count, A lse, A delta) {
-  for (int64_t i = 0; i < count; i += kLanes<A>)
-    store(scores + i, weight_of<A>(load(scores + i), splat(lse)) * (load(slopes + i) - splat(delta)));
-}
+  // Sum of P <dout, v> over sum of P. With a single chunk, its P and <dout, v> are still in place afterwards.
+  A mean_slope() {
+    Vector<A> weights{}, slopes{};
+    for_chunks([&](const List& list, const RowSource<T>&, bool) {
+      for (int64_t i = 0; i < list.size; i += kLanes<A>) {
+        weights += load(s.scores + i);
+        slopes += load(s.scores + i) * load(s.slopes + i);
+      }
+    });
+    const A total = sum<A>(weights);
+    return total == 0 ? A(0) : sum<A>(slopes) / total;
+  }
 
+  // ds of one chunk, into dq and the bias gradient.
+  void add_gradients(const List& list, const RowSource<T>& keys, A delta, A* grad_bias) {
+    for (int64_t i = 0; i < list.size; i += kLanes<A>)
+      store(s.scores + i, load(s.scores + i) * (load(s.slopes + i) - splat(delta)));
+    if (p.grad_query.data) add_rows(s.scores, keys, list.offset[kKey], list.size, s.sum_head);
+    for (int64_t i = 0; grad_bias && i < list.size; ++i) grad_bias[list.offset[kBias][i]] += s.scores[i];
+  }
+
+  // dq to s.sum_head; returns delta.
+  A run(A grad_lse, A* grad_bias) {
+    A delta = mean_slope() - grad_lse;
+    if (chunks() == 1) {
+      const bool in_window = chunks_of(window) == 1;
+      add_gradients(in_window ? *s.window : *s.extra,
+                    source_of<T>(in_window ? p.key : p.additional_keys, b, kv_head, p.head_dim, s.packed), delta,
+                    in_window ? grad_bias : nullptr);
+    } else {
+      for_chunks([&](const List& list, const RowSource<T>& keys, bool biased) {
+        add_gradients(list, keys, delta, biased ? grad_bias : nullptr);
+      });
+    }
+    return delta;
+  }
+};
+
+// Also writes delta and row_lse, which the other passes read.
 template <class T> void backward_query(const Problem& p, void* memory, int64_t part, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
+  const A infinity = A(__builtin_inf());
   Scratch<T> s;
   Scratch<T>::carve(p, memory, &s);
   const int64_t table = table_size(p);
@@ -89,27 +109,20 @@ template <class T> void backward_query(const Problem& p, void* memory, int64_t p
     const Walk walk = window_walk(p, b, token);
     s.window->loaded = -1;
     for (int64_t h = 0; h < p.heads; ++h) {
-      const int64_t kv_head = h / (p.heads / p.heads_kv), at = token_of(p.delta, token);
-      const A lse = head_of<A>(p.row_lse, b, h)[at], delta = head_of<A>(p.delta, b, h)[at];
-      widen_row(head_of<T>(p.query, b, h) + token_of(p.query, token), p.query.dim, p.head_dim, A(1), s.query);
-      if (p.grad_out.data)
-        widen_row(head_of<T>(p.grad_out, b, h) + token_of(p.grad_out, token), p.grad_out.dim, p.value_dim, A(1), s.grad);
+      const A lse = head_of<A>(p.lse, b, h)[token_of(p.lse, token)];
+      const bool dead = lse == -infinity;  // every weight is exp(-inf) = 0, whatever the gradients are
+      const int64_t at = token_of(p.delta, token);
+      head_of<A>(p.row_lse, b, h)[at] = dead ? infinity : lse;
+      head_of<A>(p.delta, b, h)[at] = 0;
       std::memset(s.sum_head, 0, size_t(p.head_dim) * sizeof(A));
-      auto visit = [&](const Walk& rows, List& list, const Rows& key, const Rows& value, bool biased) {
-        for (int64_t chunk = 0; chunk < chunks_of(rows); ++chunk) {
-          list_chunk(rows, chunk, list);
-          const auto keys = source_of<T>(key, b, kv_head, p.head_dim, s.packed);
-          score_rows(s.query, keys, list.offset[kKey], list.size, s.scores);
-          to_logits<T>(p, h, biased ? list.offset[kBias] : nullptr, list.size, s.scores);
-          output_slopes(p, s.grad, source_of<T>(value, b, kv_head, p.value_dim, s.packed), list.offset[kValue], list.size, s.slopes);
-          slopes_of_query(s.scores, s.slopes, list.size, lse, delta);
-          if (p.grad_query.data) add_rows(s.scores, keys, list.offset[kKey], list.size, s.sum_head);
-          if (biased && partial)
-            for (int64_t i = 0; i < list.size; ++i) partial[h * table + list.offset[kBias][i]] += s.scores[i];
-        }
-      };
-      if (lse != A(__builtin_inf())) visit(walk, *s.window, p.key, p.value, p.rpb.data != nullptr);
-      if (p.additional) visit(additional, *s.extra, p.additional_keys, p.additional_values, false);
+      if (!dead) {
+        widen_row(head_of<T>(p.query, b, h) + token_of(p.query, token), p.query.dim, p.head_dim, A(1), s.query);
+        if (p.grad_out.data)
+          widen_row(head_of<T>(p.grad_out, b, h) + token_of(p.grad_out, token), p.grad_out.dim, p.value_dim, A(1), s.grad);
+        const A grad_lse = p.grad_lse.data ? head_of<A>(p.grad_lse, b, h)[token_of(p.grad_lse, token)] : A(0);
+        QueryPass<T> pass{p, s, walk, additional, b, h, h / (p.heads / p.heads_kv), lse};
+        head_of<A>(p.delta, b, h)[at] = pass.run(grad_lse, partial ? partial + h * table : nullptr);
+      }
       if (p.grad_query.data)
         narrow_row(s.sum_head, A(p.scale), head_of<T>(p.grad_query, b, h) + token_of(p.grad_query, token), 1, p.head_dim);
     }
@@ -240,7 +253,7 @@ int64_t query_items(const Problem& p) { return items_of(p, p.q_shape); }
 int64_t key_items(const Problem& p) { return items_of(p, p.kv_shape); }
 
 template <class T> cpu::BackwardKernels make() {
-  return {query_items, key_items, Scratch<T>::bytes, prepare<T>, backward_query<T>, backward_key<T>,
+  return {query_items, key_items, Scratch<T>::bytes, backward_query<T>, backward_key<T>,
           backward_additional<T>, reduce_rpb<T>};
 }
 }  // namespace

@@ -115,11 +115,11 @@ NATTEN_INLINE Vector<float> exp_negative(Vector<float> x) {
   const Vector<float> y = maximum(splat(-127.f), x * 1.44269504f);  // this order keeps a NaN
   const Vector<float> magic = splat(12582912.f + 127.f);
   const Vector<float> u = y + magic, f = y - (u - magic);
-  Vector<float> p = f * 1.327647129e-3f + 9.675541893e-3f;
-  p = p * f + 5.550713465e-2f;
-  p = p * f + 2.402212024e-1f;
-  p = p * f + 6.931469440e-1f;
-  p = p * f + 1.0000001192f;
+  Vector<float> p = f * 1.326952130e-3f + 9.671291336e-3f;
+  p = p * f + 5.550710857e-2f;
+  p = p * f + 2.402224690e-1f;
+  p = p * f + 6.931470037e-1f;
+  p = p * f + 1.f;
   return p * (Vector<float>)((Bits)u << 23);
 }
 NATTEN_INLINE Vector<double> exp_negative(Vector<double> x) {
