@@ -107,7 +107,7 @@ NATTEN_INLINE Vector<float> maximum(Vector<float> a, Vector<float> b) {
 #endif
 }
 
-// e^x for x <= 0: exactly 0 for -inf, NaN for NaN, relative error 2e-7 (the product with log2 e included at |x| < 8).
+// e^x for x <= 0: exactly 0 for -inf, NaN for NaN, relative error 1.6e-7 (the product with log2 e included at |x| < 8).
 // Below -87 the result is 0 instead of a subnormal number. The magic constant leaves round(y) + 127 in the low
 // mantissa bits, so that the exponent is one shift away.
 NATTEN_INLINE Vector<float> exp_negative(Vector<float> x) {
