@@ -39,28 +39,26 @@ inline cpu::Dtype cpu_dtype(const Tensor& tensor) {
   }
 }
 
-// Memory for the parts of a pass, one aligned piece each.
+// The scratch of one thread.
 class ScratchMemory {
  public:
-  ScratchMemory(int64_t parts, int64_t bytes) : pitch_((bytes + 127) / 64 * 64) {
-    memory_.reset(static_cast<char*>(std::aligned_alloc(64, size_t(pitch_ * parts))));
-    STD_TORCH_CHECK(memory_ != nullptr, "natten: out of memory for ", pitch_ * parts, " bytes of scratch");
+  explicit ScratchMemory(int64_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(64, size_t((bytes + 127) / 64 * 64)))) {
+    STD_TORCH_CHECK(memory_ != nullptr, "natten: out of memory for ", bytes, " bytes of scratch");
   }
-  void* of(int64_t part) const { return memory_.get() + part * pitch_; }
+  void* get() const { return memory_.get(); }
 
  private:
   struct Free { void operator()(char* p) const { std::free(p); } };
-  int64_t pitch_;
   std::unique_ptr<char, Free> memory_;
 };
 
 // Runs a pass over [0, items) in `parts` shares. Every item is computed alike whichever share it falls into.
 inline void run_parts(cpu::Pass pass, const Problem& problem, int64_t items, int64_t scratch_bytes, int64_t parts) {
   if (items == 0) return;
-  const ScratchMemory scratch(parts, scratch_bytes);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    const ScratchMemory scratch(scratch_bytes);
     for (int64_t part = first; part < last; ++part)
-      pass(problem, scratch.of(part), part, items * part / parts, items * (part + 1) / parts);
+      pass(problem, scratch.get(), part, items * part / parts, items * (part + 1) / parts);
   });
 }
 

@@ -16,8 +16,18 @@ double work_of(const Problem& p) {
 }
 
 void check_backend(int64_t backend) {
-  STD_TORCH_CHECK(backend == kChoose || backend == kCpuGeneral, "natten: backend=", backend,
-                  " cannot run on CPU tensors; use 0 (choose) or 1 (cpu-general)");
+  STD_TORCH_CHECK(backend == kChoose || backend == kCpuGeneral || backend == kCpuTiled, "natten: backend=", backend,
+                  " cannot run on CPU tensors; use 0 (choose), 1 (cpu-general) or 2 (cpu-tiled)");
+}
+
+// Scratch of a thread that the tiled path may have; larger problems take the general path.
+constexpr int64_t kMaxTiledBytes = 2 << 20;
+
+// The choice is the same for both passes: a problem that fits in one only would have logits of two roundings.
+bool takes_tiled(const Problem& p, cpu::Dtype dtype, int64_t backend) {
+  return backend != kCpuGeneral && p.head_dim > 0 && p.value_dim > 0 && p.scale > 0 && p.scale < 1e30 &&
+      cpu::tiled_forward_kernels(dtype).scratch_bytes(p) <= kMaxTiledBytes &&
+      cpu::tiled_backward_kernels(dtype).scratch_bytes(p) <= kMaxTiledBytes;
 }
 
 OptionalTensor dense(const OptionalTensor& table) {  // the bias table is a small parameter: kernels read it densely
@@ -42,7 +52,8 @@ std::tuple<Tensor, Tensor> forward_cpu(
   Problem p = make_problem(a);
   p.out = rows_of(out, true, a.rank(), true, true);
   p.lse = rows_of(lse, true, a.rank(), true, false);
-  const cpu::ForwardKernels kernels = cpu::forward_kernels(cpu_dtype(query));
+  const cpu::Dtype dtype = cpu_dtype(query);
+  const cpu::ForwardKernels kernels = takes_tiled(p, dtype, backend) ? cpu::tiled_forward_kernels(dtype) : cpu::forward_kernels(dtype);
   run(kernels.forward, p, kernels.query_items(p), kernels.scratch_bytes(p), work_of(p));
   return {out, lse};
 }
@@ -71,19 +82,47 @@ std::vector<Tensor> make_gradients(const Arguments& a, const Flags& needed, Prob
   return gradients;
 }
 
-void run_backward(const cpu::BackwardKernels& kernels, Problem& p, const Tensor& partials) {
+// Gradients of the bias table (from partial sums) and of the additional tokens: after the passes over queries.
+void finish_backward(const cpu::BackwardKernels& kernels, const Problem& p) {
+  const int64_t scratch = kernels.scratch_bytes(p);
+  if (p.grad_rpb.data) run_parts(kernels.reduce_rpb, p, p.heads, scratch, 1);
+  if (p.grad_additional_keys.data || p.grad_additional_values.data)
+    run(kernels.additional, p, p.batch * p.additional, scratch, 2 * work_of(p));
+}
+
+void run_general(const cpu::BackwardKernels& kernels, const Problem& p) {
   const int64_t scratch = kernels.scratch_bytes(p), queries = kernels.query_items(p);
   const double work = work_of(p);
-  if (p.grad_rpb.data) {
-    p.rpb_partials = partials.data_ptr();
-    run_parts(kernels.query, p, queries, scratch, kRpbChunks);
-    run_parts(kernels.reduce_rpb, p, p.heads, scratch, 1);
-  } else {
-    run(kernels.query, p, queries, scratch, 2 * work);
-  }
+  if (p.grad_rpb.data) run_parts(kernels.query, p, queries, scratch, kRpbChunks);
+  else run(kernels.query, p, queries, scratch, 2 * work);
   if (p.grad_key.data || p.grad_value.data) run(kernels.key, p, kernels.key_items(p), scratch, 2 * work);
-  if (p.grad_additional_keys.data || p.grad_additional_values.data)
-    run(kernels.additional, p, p.batch * p.additional, scratch, 2 * work);
+}
+
+void run_tiled(const cpu::TiledBackwardKernels& kernels, const Problem& p) {
+  const int64_t scratch = kernels.scratch_bytes(p);
+  for (int colour = 0; colour < 4; ++colour) {
+    const int64_t owners = kernels.owners(p, colour);
+    if (p.grad_rpb.data) run_parts(kernels.backward[colour], p, owners, scratch, kRpbChunks);
+    else run(kernels.backward[colour], p, owners, scratch, work_of(p));
+  }
+  run(kernels.narrow, p, p.batch * p.kv_shape[0] * p.kv_shape[1] * p.kv_shape[2], 0, work_of(p) / 16);
+}
+
+// Zeros that the gradients of keys (or values) are added to: the gradient itself where it has the type of sums and rows
+// of whole vectors, else a padded copy, which the last pass rounds.
+Tensor make_sums(const Tensor& like, int64_t rank, Rows& gradient, Rows& sums, Tensor& result) {
+  if (!gradient.data) return result;
+  const int64_t lanes = like.scalar_type() == ScalarType::Double ? 8 : 16;  // of the widest vectors
+  Integers shape = sizes_of(result);
+  if (like.scalar_type() == result.scalar_type() && shape.back() % lanes == 0) {
+    torch::stable::zero_(result);
+    sums = gradient;
+    return result;
+  }
+  shape.back() = ceil_div(shape.back(), lanes) * lanes;
+  Tensor rows = torch::stable::new_zeros(like, shape);
+  sums = rows_of(rows, true, rank, true, true);
+  return rows;
 }
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -126,11 +165,25 @@ Six backward_cpu(
   p.lse = rows_of(lse, true, rank, true, false);
   if (grad_out) p.grad_out = rows_of(*grad_out, true, rank, true, true);
   if (grad_lse) p.grad_lse = rows_of(*grad_lse, true, rank, true, false);
-  const Tensor delta = torch::stable::new_empty(lse, sizes_of(lse)), row_lse = torch::stable::new_empty(lse, sizes_of(lse));
-  p.delta = rows_of(delta, true, rank, true, false);
-  p.row_lse = rows_of(row_lse, true, rank, true, false);
-  const int64_t partials = p.grad_rpb.data ? kRpbChunks * rpb->numel() : 0;
-  run_backward(cpu::backward_kernels(cpu_dtype(query)), p, torch::stable::new_zeros(lse, Integers{partials}));
+  const cpu::Dtype dtype = cpu_dtype(query);
+  const bool tiled = takes_tiled(p, dtype, backend);
+  Integers saved = sizes_of(lse);
+  if (tiled && !additional_keys) saved = {0};  // only the general path's passes read them
+  const Tensor delta = torch::stable::new_empty(lse, saved), row_lse = torch::stable::new_empty(lse, saved);
+  if (delta.numel()) {
+    p.delta = rows_of(delta, true, rank, true, false);
+    p.row_lse = rows_of(row_lse, true, rank, true, false);
+  }
+  const Tensor partials = torch::stable::new_zeros(lse, Integers{p.grad_rpb.data ? kRpbChunks * rpb->numel() : 0});
+  p.rpb_partials = partials.data_ptr();
+  if (tiled) {
+    const Tensor sum_key = make_sums(lse, rank, p.grad_key, p.sum_key, g[1]);
+    const Tensor sum_value = make_sums(lse, rank, p.grad_value, p.sum_value, g[2]);
+    run_tiled(cpu::tiled_backward_kernels(dtype), p);
+  } else {
+    run_general(cpu::backward_kernels(dtype), p);
+  }
+  finish_backward(cpu::backward_kernels(dtype), p);
   return result;
 }
 

@@ -28,6 +28,7 @@ struct Problem {
   Rows delta;            // [batch, queries, heads], dtype of lse: <grad_out, out> - grad_lse, before out was rounded
   Rows row_lse;          // the same shape: lse, with +inf for rows that attend to nothing
   void* rpb_partials;    // [kRpbChunks, heads, table] in the dtype of lse
+  Rows sum_key, sum_value;  // tiled path: zeros to add the gradients of keys and values to, in the dtype of lse, rows padded
 };
 
 // Partial sums of the bias gradient: a constant number, so that the result does not depend on the number of threads.

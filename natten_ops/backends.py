@@ -55,6 +55,17 @@ class Backend(NamedTuple):
 
 BACKENDS = (
     Backend(
+        name="cpu-tiled",
+        id=2,
+        devices=("cpu",),
+        dtypes=ALL_DTYPES,
+        backward=True,
+        deterministic=True,
+        compiles="as an extern call",
+        verified_on="x86-64 with AVX2 and AVX-512",
+        note="every option, any strides",
+    ),
+    Backend(
         name="cpu-general",
         id=1,
         devices=("cpu",),

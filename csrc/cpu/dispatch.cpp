@@ -6,7 +6,13 @@
 #include <cstring>
 
 // Each ISA's objects provide the kernels in a namespace of their own; CMake lists the ISAs of this platform.
-#define DECLARE(isa) namespace natten::cpu::isa { ForwardKernels forward_kernels(Dtype); BackwardKernels backward_kernels(Dtype); }
+#define DECLARE(isa)                            \
+  namespace natten::cpu::isa {                  \
+  ForwardKernels forward_kernels(Dtype);        \
+  ForwardKernels tiled_forward_kernels(Dtype);  \
+  BackwardKernels backward_kernels(Dtype);      \
+  TiledBackwardKernels tiled_backward_kernels(Dtype); \
+  }
 NATTEN_ISA_LIST(DECLARE)
 #undef DECLARE
 
@@ -45,7 +51,9 @@ Level level() {
 #endif
 
 ForwardKernels forward_kernels(Dtype dtype) { return (CHOOSE(forward_kernels))(dtype); }
+ForwardKernels tiled_forward_kernels(Dtype dtype) { return (CHOOSE(tiled_forward_kernels))(dtype); }
 BackwardKernels backward_kernels(Dtype dtype) { return (CHOOSE(backward_kernels))(dtype); }
+TiledBackwardKernels tiled_backward_kernels(Dtype dtype) { return (CHOOSE(tiled_backward_kernels))(dtype); }
 
 int vector_bytes() { return 16 << level(); }
 

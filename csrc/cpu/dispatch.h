@@ -26,8 +26,18 @@ struct BackwardKernels {
   Pass reduce_rpb;  // heads: the bias table's partial sums, in fixed order
 };
 
+// Backward of the tiled path: one pass after the other, in this order.
+struct TiledBackwardKernels {
+  int64_t (*owners)(const Problem&, int colour);
+  int64_t (*scratch_bytes)(const Problem&);
+  Pass backward[4];  // owners of each colour
+  Pass narrow;       // batch * key tokens: sum_key and sum_value to the gradients
+};
+
 ForwardKernels forward_kernels(Dtype dtype);
+ForwardKernels tiled_forward_kernels(Dtype dtype);
 BackwardKernels backward_kernels(Dtype dtype);
+TiledBackwardKernels tiled_backward_kernels(Dtype dtype);
 int vector_bytes();  // of the instruction set in use: 16 (baseline), 32 (AVX2) or 64 (AVX-512)
 
 }  // namespace natten::cpu

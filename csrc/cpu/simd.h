@@ -107,12 +107,12 @@ NATTEN_INLINE Vector<float> maximum(Vector<float> a, Vector<float> b) {
 #endif
 }
 
-// e^x for x <= 0: exactly 0 for -inf, NaN for NaN, relative error 1.6e-7 (the product with log2 e included at |x| < 8).
-// Below -87 the result is 0 instead of a subnormal number. The magic constant leaves round(y) + 127 in the low
-// mantissa bits, so that the exponent is one shift away.
-NATTEN_INLINE Vector<float> exp_negative(Vector<float> x) {
+// 2^y for y <= 0: exactly 1 for 0, exactly 0 for -inf, NaN for NaN, relative error 1.6e-7. Below -126 the result is 0
+// instead of a subnormal number. The magic constant leaves round(y) + 127 in the low mantissa bits, so that the exponent
+// is one shift away.
+NATTEN_INLINE Vector<float> exp2_negative(Vector<float> y) {
   typedef int32_t Bits __attribute__((vector_size(NATTEN_VECTOR_BYTES)));
-  const Vector<float> y = maximum(splat(-127.f), x * 1.44269504f);  // this order keeps a NaN
+  y = maximum(splat(-127.f), y);  // this order keeps a NaN
   const Vector<float> magic = splat(12582912.f + 127.f);
   const Vector<float> u = y + magic, f = y - (u - magic);
   Vector<float> p = f * 1.326952130e-3f + 9.671291336e-3f;
@@ -122,6 +122,12 @@ NATTEN_INLINE Vector<float> exp_negative(Vector<float> x) {
   p = p * f + 1.f;
   return p * (Vector<float>)((Bits)u << 23);
 }
+NATTEN_INLINE Vector<double> exp2_negative(Vector<double> y) {
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = __builtin_exp2(y[i]);
+  return y;
+}
+// e^x for x <= 0, as above.
+NATTEN_INLINE Vector<float> exp_negative(Vector<float> x) { return exp2_negative(x * 1.44269504f); }
 NATTEN_INLINE Vector<double> exp_negative(Vector<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: MIT
+// Backward of the tiled path, in one walk over blocks of queries: five products, weights computed once.
+//
+// With e = exp(s - max), P = e / sum of e and delta = sum of e <dout, v> / sum of e - dlse:  ds = scale P (<dout, v> - delta),
+// dq = ds k (owned by the query), dk = ds q and dv = P dout (added up by blocks of queries, in float32 rows). Neither out
+// nor lse is read: both have been rounded (see ../neighborhood_attention_backward.cpp). Owners of one colour share no
+// keys, and colours follow each other: deterministic without atomics, for any number of threads.
+#pragma once
+#include "keys.h"
+
+namespace natten {
+namespace {
+
+// Sums of ds over queries, per entry of the bias table: per vector of queries first, [vector][row][slot][W], because the
+// lanes of a vector keep their places in the window's rows from block to block.
+template <class A> struct BiasGradients {
+  A* sums;  // null: not wanted
+  int64_t rows, kernel, vectors;
+
+  void carve(Carver& c, const Problem& p, const Tiling& t) {
+    rows = (2 * p.axis[0].kernel - 1) * (2 * p.axis[1].kernel - 1);
+    kernel = p.axis[2].kernel;
+    vectors = t.strip / kLanes<A>;
+    sums = p.grad_rpb.data ? c.take<A>(p.heads / p.heads_kv * size()) : nullptr;
+  }
+  int64_t size() const { return vectors * rows * kernel * kLanes<A>; }
+  A* row(int64_t head, int vector, int64_t at) const { return sums + head * size() + (vector * rows + at) * kernel * kLanes<A>; }
+  // Into one head's table, which has the strides of the bias.
+  void flush(const Problem& p, const Strip<A>& strip, int64_t head, A* table) const {
+    constexpr int W = kLanes<A>;
+    const int64_t middle = 2 * p.axis[1].kernel - 1, *stride = p.rpb.token;
+    for (int v = 0; v < strip.vectors; ++v)
+      for (int64_t at = 0; at < rows; ++at) {
+        const A* sum = row(head, v, at);
+        A* const to = table + at / middle * stride[0] + at % middle * stride[1];
+        for (int l = 0; l < W && v * W + l < strip.queries; ++l) {
+          const int q = v * W + l;
+          for (int64_t slot = 0; slot < strip.last[q] - strip.first[q]; ++slot) to[(strip.bias_of[q] + slot) * stride[2]] += sum[slot * W + l];
+        }
+      }
+  }
+};
+
+template <class T> struct Backward {
+  using A = Accumulate<T>;
+  static constexpr int W = kLanes<A>;
+  const Problem& p;
+  Tiling t;
+  PackedKeys<T> keys;
+  Strip<A> strip;
+  BiasTables<A> bias;
+  BiasGradients<A> bias_gradients;
+  int most;                         // outputs of a group
+  A *queries[2], *gradients[2];     // of a chunk: transposed, and dense rows [row][query][pitch]
+  A *scores, *slopes;               // s, then P; <dout, v>, then ds
+  A* sums;
+  Visit<A>* visits;
+  int listed[kRows];
+  int64_t bytes;
+
+  static Tiling tiling(const Problem& p) { return make_tiling<A>(p, {128, 64 << 10, 16}); }
+
+  Backward(const Problem& problem, void* memory) : p(problem), t(tiling(problem)), keys(problem, t) {
+    keys.key.transposed = keys.key.dense = keys.value.transposed = true;
+    keys.value.dense = false;
+    Carver c{static_cast<char*>(memory)};
+    keys.carve(c);
+    strip.carve(c, t, true);
+    bias.carve(c, p);
+    bias_gradients.carve(c, p, t);
+    const int64_t lanes = t.rows * t.chunk * W;
+    queries[0] = c.take<A>(lanes * keys.score_dim);
+    queries[1] = c.take<A>(lanes * keys.key.pitch);
+    gradients[0] = c.take<A>(lanes * p.value_dim);
+    gradients[1] = c.take<A>(lanes * keys.value.pitch);
+    scores = c.take<A>(lanes * t.slots);
+    slopes = c.take<A>(lanes * t.slots);
+    sums = c.take<A>(kMaxOutputs * keys.key.pitch);
+    visits = c.take<Visit<A>>(t.rows * visits_per_row());
+    bytes = c.at - static_cast<char*>(memory);
+    most = int(smaller(outputs_per_call(columns_per_call(int(larger(keys.key.pitch, keys.value.pitch) / W))), p.axis[2].kernel));
+  }
+  int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }
+
+  // `partials` is the bias tables' share of this part, or null.
+  void run(const Owner& owner, A* partials) {
+    strip.fill(t, owner.query_begin, owner.query_end, most, most);
+    bias.template fill<T>(p, owner.head);
+    keys.start(owner);
+    const int64_t group = p.heads / p.heads_kv;
+    if (partials) std::memset(bias_gradients.sums, 0, size_t(group * bias_gradients.size()) * sizeof(A));
+    for_blocks(p, t, owner, [&](const BlockRow* rows, int count) {
+      keys.bring(owner, strip, rows, count);
+      for (int r = 0; r < count; ++r)
+        listed[r] = list_rows(keys.ring, keys.key.ring[1], keys.key.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
+      for (int64_t h = 0; h < group; ++h) block(owner, owner.head * group + h, rows, count);
+    });
+    for (int64_t h = 0; partials && h < group; ++h) bias_gradients.flush(p, strip, h, partials + (owner.head * group + h) * p.rpb.head);
+  }
+
+  // One head of queries, of one block.
+  void block(const Owner& owner, int64_t head, const BlockRow* rows, int count) {
+    for (int chunk = 0, from = 0; from < strip.vectors; ++chunk, from += int(t.chunk)) {
+      const int to = int(smaller(from + t.chunk, strip.vectors));
+      pack(owner, head, rows, count, from, to);
+      score(rows, count, from, to);
+      for (int r = 0; r < count; ++r)
+        for (int v = from; v < to; ++v) differentiate(owner, head, rows[r], r, v, from);
+      if (p.grad_query.data)
+        for (int g = strip.group_begin[chunk]; g < strip.group_begin[chunk + 1]; ++g)  // rows innermost: they share keys
+          for (int r = 0; r < count; ++r) sum_query(owner, head, rows[r], r, strip.groups[g]);
+      if (p.grad_key.data) add_keys(owner, rows, count, chunk, from, slopes, queries[1], keys.key.pitch, p.sum_key);
+      if (p.grad_value.data && p.grad_out.data) add_keys(owner, rows, count, chunk, from, scores, gradients[1], keys.value.pitch, p.sum_value);
+    }
+  }
+  void pack(const Owner& owner, int64_t head, const BlockRow* rows, int count, int from, int to) {
+    const int tokens = int(smaller(to * W, strip.queries)) - from * W;
+    pack_queries<T>(p.query, owner, head, rows, count, strip, t, from, to, p.head_dim, keys.score_dim, queries[0]);
+    if (p.grad_out.data) pack_queries<T>(p.grad_out, owner, head, rows, count, strip, t, from, to, p.value_dim, p.value_dim, gradients[0]);
+    for (int r = 0; r < count; ++r) {
+      const int64_t z = rows[r].z, y = rows[r].y, *token = strip.query_token + from * W;
+      if (p.grad_key.data) pack_dense(tokens_of<T>(p.query, owner.batch, head, z, y, token, y), tokens, p.head_dim, queries[1] + r * t.chunk * W * keys.key.pitch, keys.key.pitch);
+      if (p.grad_value.data && p.grad_out.data)
+        pack_dense(tokens_of<T>(p.grad_out, owner.batch, head, z, y, token, y), tokens, p.value_dim, gradients[1] + r * t.chunk * W * keys.value.pitch, keys.value.pitch);
+    }
+  }
+  void score(const BlockRow* rows, int count, int from, int to) {
+    const Products<A> logits{queries[0], keys.key.ring[0], keys.score_dim, keys.key.size[0], scores};
+    const Products<A> output{gradients[0], keys.value.ring[0], p.value_dim, keys.value.size[0], slopes};
+    score_chunk(logits, t, keys.ring, strip, rows, count, from, to);
+    if (p.grad_out.data) score_chunk(output, t, keys.ring, strip, rows, count, from, to);
+    else std::memset(slopes, 0, size_t(t.rows * t.chunk * t.slots * W) * sizeof(A));
+    if (!p.additional) return;
+    score_additional(logits, t, keys.key.additional[0], keys.additional_pitch(), int(p.additional), rows, count, from, to);
+    if (p.grad_out.data)
+      score_additional(output, t, keys.value.additional[0], keys.additional_pitch(), int(p.additional), rows, count, from, to);
+  }
+  // Scores -> P and slopes -> ds, for one vector of queries.
+  void differentiate(const Owner& owner, int64_t head, const BlockRow& row, int r, int v, int from) {
+    const int64_t at = (r * t.chunk + v - from) * t.slots * W;
+    const int kernel = int(p.axis[2].kernel), window = window_slots(row, t), slots = window + int(p.additional);
+    A *s = scores + at, *g = slopes + at;
+    const Statistics<A> statistics = weigh_vector(s, p, t, strip, bias, head, row, v);
+    cut_short<A>(g, window, kernel, strip.cut[v], A(0));
+    Vector<A> total{};
+    for (int i = 0; i < slots; ++i) total += load(s + i * W) * load(g + i * W);
+    const auto dead = statistics.total == 0;  // every weight is 0, whatever the gradients are
+    const Vector<A> inverse = dead ? Vector<A>{} : 1 / statistics.total;
+    const Vector<A> delta = dead ? Vector<A>{} : total * inverse - grad_lse(owner, head, row, v);
+    save_statistics(owner, head, row, v, delta);
+    for (int i = 0; i < slots; ++i) {
+      const Vector<A> weight = load(s + i * W) * inverse;
+      store(s + i * W, weight);
+      store(g + i * W, dead ? Vector<A>{} : weight * (load(g + i * W) - delta));
+    }
+    if (bias_gradients.sums) add_bias_gradients(head, row, v, g);
+    for (int i = 0; i < slots; ++i) store(g + i * W, load(g + i * W) * A(p.scale));
+  }
+  Vector<A> grad_lse(const Owner& owner, int64_t head, const BlockRow& row, int v) const {
+    Vector<A> out{};
+    if (!p.grad_lse.data) return out;
+    const A* const from = row_of<A>(p.grad_lse, owner.batch, head, row.z, row.y);
+    for (int l = 0; l < W && v * W + l < strip.queries; ++l) out[l] = from[strip.query_token[v * W + l] * p.grad_lse.token[2]];
+    return out;
+  }
+  // For the pass of the additional tokens' gradients, which is the general path's.
+  void save_statistics(const Owner& owner, int64_t head, const BlockRow& row, int v, Vector<A> delta) const {
+    if (!p.delta.data) return;
+    for (int l = 0; l < W && v * W + l < strip.queries; ++l) {
+      const int64_t token = strip.query_token[v * W + l];
+      const A lse = row_of<A>(p.lse, owner.batch, head, row.z, row.y)[token * p.lse.token[2]];
+      row_of<A>(p.delta, owner.batch, head, row.z, row.y)[token * p.delta.token[2]] = delta[l];
+      row_of<A>(p.row_lse, owner.batch, head, row.z, row.y)[token * p.row_lse.token[2]] = lse == -A(__builtin_inf()) ? -lse : lse;
+    }
+  }
+  void add_bias_gradients(int64_t head, const BlockRow& row, int v, const A* g) const {
+    const int64_t middle = 2 * p.axis[1].kernel - 1;
+    for (int64_t z = 0; z < row.z_end - row.z_begin; ++z)
+      for (int64_t y = 0; y < row.y_end - row.y_begin; ++y) {
+        A* const sum = bias_gradients.row(head % (p.heads / p.heads_kv), v, (row.z_bias + z) * middle + row.y_bias + y);
+        for (int64_t slot = 0; slot < p.axis[2].kernel; ++slot, g += W) store(sum + slot * W, load(sum + slot * W) + load(g));
+      }
+  }
+  void sum_query(const Owner& owner, int64_t head, const BlockRow& row, int r, const Group& group) {
+    const int window = window_slots(row, t);
+    ByQuery<A> coefficient, extra;
+    A* out[kMaxOutputs];
+    for (int n = 0; n < group.count; ++n) {
+      coefficient.at[n] = slopes + r * t.chunk * t.slots * W + strip.place[group.first + n];
+      extra.at[n] = coefficient.at[n] + (strip.first[group.first + n] + window) * W;
+      out[n] = sums + n * keys.key.pitch;
+    }
+    sum_columns<A>(group, coefficient, visits + r * visits_per_row(), listed[r], keys.key.pitch, out, nullptr, false);
+    if (p.additional) {
+      const Visit<A> all{keys.key.additional[1], 0};
+      sum_columns<A>(flat_group(group, int(p.additional)), extra, &all, 1, keys.key.pitch, out, nullptr, true);
+    }
+    T* const to = row_of<T>(p.grad_query, owner.batch, head, row.z, row.y);
+    for (int n = 0; n < group.count; ++n) write_row<T>(out[n], to + strip.query_token[group.first + n] * p.grad_query.token[2], p.head_dim);
+  }
+  // Adds coefficients * rows of the block's queries to the keys' sums: dk from ds and queries, dv from P and dout.
+  void add_keys(const Owner& owner, const BlockRow* rows, int count, int chunk, int from, const A* coefficients, const A* dense,
+                int64_t pitch, const Rows& to) {
+    for (int64_t z = rows[0].z_begin; z < rows[0].z_end; ++z)
+      for (int64_t y = rows[0].y_begin; y < rows[count - 1].y_end; ++y) {
+        Visit<A> seen[kRows];
+        int made = 0;
+        for (int r = 0; r < count; ++r) {
+          if (y < rows[r].y_begin || y >= rows[r].y_end) continue;
+          const int64_t slot = ((z - rows[r].z_begin) * (rows[r].y_end - rows[r].y_begin) + y - rows[r].y_begin) * p.axis[2].kernel;
+          seen[made++] = {dense + r * t.chunk * W * pitch, r * t.chunk * t.slots + slot};
+        }
+        A* const row = row_of<A>(to, owner.batch, owner.head, t.axis[0].key_token(z), t.axis[1].key_token(y));
+        for (int g = strip.key_group_begin[chunk]; g < strip.key_group_begin[chunk + 1]; ++g) {
+          const Group& group = strip.key_groups[g];
+          A* out[kMaxOutputs];
+          for (int n = 0; n < group.count; ++n) out[n] = row + strip.key_token[group.first + n] * to.token[2];
+          const ByKey<A> coefficient{coefficients + group.first * W, strip.place + from * W};
+          sum_columns<A>(group, coefficient, seen, made, pitch, out, nullptr, true);
+        }
+      }
+  }
+};
+
+}  // namespace
+}  // namespace natten

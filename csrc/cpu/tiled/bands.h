@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: MIT
+// Weighted sums of rows: out[n] += sum of coefficient(n, t) * row[t], N outputs at once, lanes along the head dim, so
+// that a row is loaded once for all outputs that use it. Which t an output uses is a band: both its ends never move back
+// from one output to the next. Outputs are queries and rows are values (P V) or keys (dS K); or outputs are keys and rows
+// are queries (dS' Q) or gradients (P' dO).
+//
+// Shapes: N outputs, C vectors of the head dim, W lanes.
+#pragma once
+#include "scores.h"
+
+namespace natten {
+namespace {
+
+constexpr int kMaxColumns = 4;  // vectors of the head dim in one call
+constexpr int kMaxOutputs = 8;
+constexpr int outputs_per_call(int columns) {
+  return kAccumulators / columns < kMaxOutputs ? kAccumulators / columns : kMaxOutputs;
+}
+
+// For t in [begin, end) the outputs [low, high) are active; low is 0 or high is all.
+struct Run { short begin, end, low, high; };
+struct Group {
+  int first, count;  // outputs [first, first + count)
+  bool diagonal;     // each band is one further than the last, and at least `count` long
+  int runs;
+  Run run[2 * kMaxOutputs];
+};
+
+// Groups the outputs [begin, end) with the bands [first[i], last[i]), at most `most` together; returns how many groups.
+// Bands of one group overlap all, so that low is 0 or high is all. Outputs with empty bands are in none.
+inline int make_groups(const int* first, const int* last, int begin, int end, int most, Group* groups) {
+  int made = 0;
+  for (int from = begin; from < end;) {
+    if (first[from] >= last[from]) { ++from; continue; }
+    int stop = from + 1;  // outputs without a gap between their bands are shared out evenly
+    while (stop < end && first[stop] < last[stop] && first[stop] < last[stop - 1]) ++stop;
+    const int parts = (stop - from + most - 1) / most;
+    Group& g = groups[made++];
+    g.first = from;
+    g.count = 1;
+    while (g.count < (stop - from + parts - 1) / parts && first[from + g.count] < last[from]) ++g.count;
+    const int *low_end = last + from, *high_end = first + from;
+    bool diagonal = last[from] - first[from] >= g.count;
+    for (int i = 1; i < g.count; ++i)
+      diagonal &= first[from + i] == first[from] + i && last[from + i] == last[from] + i;
+    g.runs = 0;
+    for (int t = first[from], low = 0, high = 0; t < last[from + g.count - 1];) {
+      while (low_end[low] <= t) ++low;
+      while (high < g.count && high_end[high] <= t) ++high;
+      int next = low_end[low];
+      if (high < g.count && high_end[high] < next) next = high_end[high];
+      g.run[g.runs++] = {short(t), short(next), short(low), short(high)};
+      t = next;
+    }
+    g.diagonal = diagonal && g.count > 1;
+    from += g.count;
+  }
+  return made;
+}
+
+// The same outputs, all of which use the rows [0, rows).
+inline Group flat_group(const Group& group, int rows) { return {group.first, group.count, false, 1, {{0, short(rows), 0, short(group.count)}}}; }
+
+// Coefficients of outputs that are queries: a pointer for each, one vector of lanes a slot.
+template <class A> struct ByQuery {
+  const A* at[kMaxOutputs];
+  template <int N> NATTEN_INLINE ByQuery moved(int64_t slots) const {
+    ByQuery there;
+    for (int n = 0; n < N; ++n) there.at[n] = at[n] + slots * kLanes<A>;
+    return there;
+  }
+  NATTEN_INLINE A operator()(int n, int64_t t) const { return at[n][t * kLanes<A>]; }
+};
+// Of outputs that are keys: the slot of a key moves back by one with each output; `place` holds where each query's are.
+template <class A> struct ByKey {
+  const A* at;
+  const int* place;
+  template <int> NATTEN_INLINE ByKey moved(int64_t slots) const { return {at + slots * kLanes<A>, place}; }
+  NATTEN_INLINE A operator()(int n, int64_t t) const { return at[place[t] + n * kLanes<A>]; }
+};
+
+template <int C, int LOW, int HIGH, class A, int N, class Coefficient>
+NATTEN_INLINE void add_row(Vector<A> (&sum)[N][C], const Coefficient& coefficient, int64_t t, const A* row) {
+  Vector<A> b[N];
+#pragma GCC unroll 16
+  for (int n = LOW; n < HIGH; ++n) b[n] = splat(coefficient(n, t));
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) {
+    const Vector<A> v = load(row + c * kLanes<A>);
+#pragma GCC unroll 16
+    for (int n = LOW; n < HIGH; ++n) sum[n][c] += b[n] * v;
+  }
+}
+template <int I, int N, int C, class A, class Coefficient>
+NATTEN_INLINE void ramp_up(Vector<A> (&sum)[N][C], const Coefficient& coefficient, int64_t t, const A* row, int64_t pitch) {
+  if constexpr (I < N) {
+    add_row<C, 0, I>(sum, coefficient, t, row);
+    ramp_up<I + 1>(sum, coefficient, t + 1, row + pitch, pitch);
+  }
+}
+template <int I, int N, int C, class A, class Coefficient>
+NATTEN_INLINE void ramp_down(Vector<A> (&sum)[N][C], const Coefficient& coefficient, int64_t t, const A* row, int64_t pitch) {
+  if constexpr (I < N) {
+    add_row<C, I, N>(sum, coefficient, t, row);
+    ramp_down<I + 1>(sum, coefficient, t + 1, row + pitch, pitch);
+  }
+}
+template <int I, int N, int C, class A, class Coefficient>
+NATTEN_INLINE void add_run(Vector<A> (&sum)[N][C], const Coefficient& coefficient, const A* rows, int64_t pitch, const Run& run) {
+  if constexpr (I > 0) {  // all first: the longest run
+    if (run.low == 0 && run.high == I) {
+      for (int64_t t = run.begin; t < run.end; ++t) add_row<C, 0, I>(sum, coefficient, t, rows + t * pitch);
+    } else if (I < N && run.low == I) {
+      for (int64_t t = run.begin; t < run.end; ++t) add_row<C, (I < N ? I : 0), N>(sum, coefficient, t, rows + t * pitch);
+    } else {
+      add_run<I - 1>(sum, coefficient, rows, pitch, run);
+    }
+  }
+}
+
+// A row of keys (or of queries): where its rows start, and how far the coefficients are from those of the band.
+template <class A> struct Visit {
+  const A* rows;
+  int64_t slots;
+};
+template <class A> struct Band {
+  const Group& group;
+  const Visit<A>* visits;
+  int visit_count;
+  int64_t pitch;    // from row to row
+  A* const* out;    // of each output
+  const A* factor;  // of each output; null: 1
+  bool add;         // to what `out` holds
+};
+
+template <class A, int N, int C, bool DIAGONAL, class Coefficient>
+void sum_band(const Band<A>& band, const Coefficient& coefficient, int64_t offset) {
+  constexpr int W = kLanes<A>;
+  Vector<A> sum[N][C];
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sum[n][c] = band.add ? load(band.out[n] + c * W) : Vector<A>{};
+  const Group& g = band.group;
+  for (int v = 0; v < band.visit_count; ++v) {
+    const Coefficient here = coefficient.template moved<N>(band.visits[v].slots);
+    const A* rows = band.visits[v].rows + offset;
+    if constexpr (DIAGONAL) {
+      const int begin = g.run[0].begin, end = g.run[N - 1].end;
+      ramp_up<1>(sum, here, begin, rows + begin * band.pitch, band.pitch);
+      for (int64_t t = begin + N - 1; t < end; ++t) add_row<C, 0, N>(sum, here, t, rows + t * band.pitch);
+      ramp_down<1>(sum, here, end, rows + end * band.pitch, band.pitch);
+    } else {
+      for (int i = 0; i < g.runs; ++i) add_run<N>(sum, here, rows, band.pitch, g.run[i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(band.out[n] + c * W, band.factor ? sum[n][c] * band.factor[n] : sum[n][c]);
+}
+
+template <class A, class Coefficient> using SumBand = void (*)(const Band<A>&, const Coefficient&, int64_t);
+template <class A, class Coefficient, int C, int N = 1> SumBand<A, Coefficient> pick_outputs(int count, bool diagonal) {
+  if constexpr (N < outputs_per_call(C)) {
+    if (count != N) return pick_outputs<A, Coefficient, C, N + 1>(count, diagonal);
+  }
+  return diagonal ? sum_band<A, N, C, true, Coefficient> : sum_band<A, N, C, false, Coefficient>;
+}
+template <class A, class Coefficient> SumBand<A, Coefficient> pick_sum_band(int columns, int count, bool diagonal) {
+  switch (columns) {
+    case 1: return pick_outputs<A, Coefficient, 1>(count, diagonal);
+    case 2: return pick_outputs<A, Coefficient, 2>(count, diagonal);
+    case 3: return pick_outputs<A, Coefficient, 3>(count, diagonal);
+    default: return pick_outputs<A, Coefficient, 4>(count, diagonal);
+  }
+}
+
+// Columns of one call where a row has `vectors` of them, and outputs of a group: those of the widest call.
+inline int columns_per_call(int vectors) { return vectors < kMaxColumns ? vectors : kMaxColumns; }
+
+}  // namespace
+}  // namespace natten

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT
+// Forward of the tiled path: scores of a chunk of queries (lanes are queries), softmax down the slots, weighted sums of
+// values (lanes are the head dim).
+#pragma once
+#include "keys.h"
+
+namespace natten {
+namespace {
+
+template <class T> struct Forward {
+  using A = Accumulate<T>;
+  static constexpr int W = kLanes<A>;
+  const Problem& p;
+  Tiling t;
+  PackedKeys<T> keys;
+  Strip<A> strip;
+  BiasTables<A> bias;
+  int most;  // outputs of a group
+  A *queries, *scores, *sums, *inverse;
+  Visit<A>* visits;  // of each row of a block
+  int listed[kRows];
+  int64_t bytes;
+
+  static Tiling tiling(const Problem& p) { return make_tiling<A>(p, {128, 48 << 10, 8}); }
+
+  Forward(const Problem& problem, void* memory) : p(problem), t(tiling(problem)), keys(problem, t) {
+    keys.key.transposed = keys.value.dense = true;
+    keys.key.dense = keys.value.transposed = false;
+    Carver c{static_cast<char*>(memory)};
+    keys.carve(c);
+    strip.carve(c, t, false);
+    bias.carve(c, p);
+    queries = c.take<A>(t.rows * t.chunk * keys.score_dim * W);
+    scores = c.take<A>(t.rows * t.chunk * t.slots * W);
+    sums = c.take<A>(kMaxOutputs * keys.value.pitch);
+    inverse = c.take<A>(t.rows * t.chunk * W);
+    visits = c.take<Visit<A>>(t.rows * visits_per_row());
+    bytes = c.at - static_cast<char*>(memory);
+    most = int(smaller(outputs_per_call(columns_per_call(int(keys.value.pitch / W))), p.axis[2].kernel));
+  }
+  int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }
+
+  void run(const Owner& owner) {
+    strip.fill(t, owner.query_begin, owner.query_end, most, 0);
+    bias.template fill<T>(p, owner.head);
+    keys.start(owner);
+    const int64_t group = p.heads / p.heads_kv;
+    for_blocks(p, t, owner, [&](const BlockRow* rows, int count) {
+      keys.bring(owner, strip, rows, count);
+      for (int r = 0; r < count; ++r)
+        listed[r] = list_rows(keys.ring, keys.value.ring[1], keys.value.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
+      for (int64_t h = owner.head * group; h < (owner.head + 1) * group; ++h) attend(owner, h, rows, count);
+    });
+  }
+
+  // One head of queries, of one block.
+  void attend(const Owner& owner, int64_t head, const BlockRow* rows, int count) {
+    for (int chunk = 0, from = 0; from < strip.vectors; ++chunk, from += int(t.chunk)) {
+      const int to = int(smaller(from + t.chunk, strip.vectors));
+      pack_queries<T>(p.query, owner, head, rows, count, strip, t, from, to, p.head_dim, keys.score_dim, queries);
+      const Products<A> products{queries, keys.key.ring[0], keys.score_dim, keys.key.size[0], scores};
+      score_chunk(products, t, keys.ring, strip, rows, count, from, to);
+      if (p.additional)
+        score_additional(products, t, keys.key.additional[0], keys.additional_pitch(), int(p.additional), rows, count, from, to);
+      for (int r = 0; r < count; ++r)
+        for (int v = from; v < to; ++v) finish_softmax(owner, head, rows[r], r, v, from);
+      for (int g = strip.group_begin[chunk]; g < strip.group_begin[chunk + 1]; ++g)  // rows innermost: they share values
+        for (int r = 0; r < count; ++r) sum_values(owner, head, rows[r], r, strip.groups[g], from);
+    }
+  }
+  void finish_softmax(const Owner& owner, int64_t head, const BlockRow& row, int r, int v, int from) {
+    const int64_t at = r * t.chunk + v - from;
+    const Statistics<A> s = weigh_vector(scores + at * t.slots * W, p, t, strip, bias, head, row, v);
+    store(inverse + at * W, s.total == 0 ? Vector<A>{} : 1 / s.total);
+    const Vector<A> lse = s.maximum + log_of_sum(s.total);
+    A* const out = row_of<A>(p.lse, owner.batch, head, row.z, row.y);
+    const int lanes = int(smaller(W, strip.queries - v * W));
+    for (int l = 0; l < lanes; ++l) out[strip.query_token[v * W + l] * p.lse.token[2]] = lse[l];
+  }
+  void sum_values(const Owner& owner, int64_t head, const BlockRow& row, int r, const Group& group, int from) {
+    const int window = window_slots(row, t);
+    ByQuery<A> coefficient, extra;
+    A factor[kMaxOutputs], *out[kMaxOutputs];
+    for (int n = 0; n < group.count; ++n) {
+      const int q = group.first + n;
+      coefficient.at[n] = scores + r * t.chunk * t.slots * W + strip.place[q];
+      extra.at[n] = coefficient.at[n] + (strip.first[q] + window) * W;
+      factor[n] = inverse[r * t.chunk * W + q - from * W];
+      out[n] = sums + n * keys.value.pitch;
+    }
+    sum_columns(group, coefficient, visits + r * visits_per_row(), listed[r], keys.value.pitch, out, p.additional ? nullptr : factor, false);
+    if (p.additional) {
+      const Visit<A> all{keys.value.additional[1], 0};
+      sum_columns(flat_group(group, int(p.additional)), extra, &all, 1, keys.value.pitch, out, factor, true);
+    }
+    T* const to = row_of<T>(p.out, owner.batch, head, row.z, row.y);
+    for (int n = 0; n < group.count; ++n) {
+      if (factor[n] == 0) std::memset(out[n], 0, size_t(keys.value.pitch) * sizeof(A));  // 0 * NaN of a value that nobody attends to
+      write_row<T>(out[n], to + strip.query_token[group.first + n] * p.out.token[2], p.value_dim);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace natten

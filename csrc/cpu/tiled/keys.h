@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: MIT
+// What both passes share: the keys of an owner in a ring, and the scores and weights of a chunk of queries.
+#pragma once
+#include "softmax.h"
+#include "tiling.h"
+
+namespace natten {
+namespace {
+
+// A ring of packed rows of keys: place (z, y) lies in slot (z mod ring[0], y mod ring[1]).
+struct Ring {
+  int64_t* tag;
+  int64_t size[2];
+
+  void carve(Carver& c, const Tiling& t) {
+    size[0] = t.ring[0], size[1] = t.ring[1];
+    tag = c.take<int64_t>(size[0] * size[1]);
+  }
+  void clear() const {
+    for (int64_t i = 0; i < size[0] * size[1]; ++i) tag[i] = -1;
+  }
+  int64_t slot(int64_t z, int64_t y) const { return z % size[0] * size[1] + y % size[1]; }
+  // True if the slot does not hold that row yet: it is to be packed now.
+  bool claim(int64_t slot, int64_t id) const {
+    if (tag[slot] == id) return false;
+    tag[slot] = id;
+    return true;
+  }
+};
+
+// The bias tables of the heads that share an owner's keys, in the type of sums, with room for loads of whole vectors.
+template <class A> struct BiasTables {
+  A* tables;  // null: no bias
+  int64_t pitch, middle, count, heads;
+
+  void carve(Carver& c, const Problem& p) {
+    middle = 2 * p.axis[1].kernel - 1;
+    count = (2 * p.axis[0].kernel - 1) * middle;
+    pitch = 2 * p.axis[2].kernel - 1 + 2 * kLanes<A>;
+    heads = p.heads / p.heads_kv;
+    tables = p.rpb.data ? c.take<A>(heads * count * pitch) : nullptr;
+  }
+  template <class T> void fill(const Problem& p, int64_t head_kv) const {
+    const int64_t width = 2 * p.axis[2].kernel - 1;
+    for (int64_t i = 0; tables && i < heads * count; ++i)
+      for (int64_t x = 0; x < pitch; ++x) {
+        const int64_t row = i % count, head = head_kv * heads + i / count;
+        const int64_t at = head * p.rpb.head + row / middle * p.rpb.token[0] + row % middle * p.rpb.token[1] + x * p.rpb.token[2];
+        A& entry = tables[i * pitch + x];
+        if (x >= width) entry = 0;
+        else if (p.rpb_wide) entry = A(static_cast<const float*>(p.rpb.data)[at]);
+        else entry = widen(static_cast<const T*>(p.rpb.data)[at]);
+      }
+  }
+  const A* row(int64_t head, int64_t z, int64_t y) const { return tables + ((head % heads) * count + z * middle + y) * pitch; }
+};
+
+template <class T> NATTEN_INLINE T* row_of(const Rows& rows, int64_t batch, int64_t head, int64_t z, int64_t y) {
+  return static_cast<T*>(rows.data) + batch * rows.batch + head * rows.head + z * rows.token[0] + y * rows.token[1];
+}
+template <class T> NATTEN_INLINE TokenRow<T> tokens_of(const Rows& rows, int64_t batch, int64_t head, int64_t z, int64_t y, const int64_t* token, int64_t next) {
+  return {row_of<T>(rows, batch, head, z, y), token, rows.token[2], rows.dim, (next - y) * rows.token[1]};
+}
+
+// Rows of queries (or of gradients) of one chunk: [row][vector][dim][W]; elements past the tensor's are 1.
+template <class T, class A = Accumulate<T>>
+inline void pack_queries(const Rows& tensor, const Owner& owner, int64_t head, const BlockRow* rows, int count, const Strip<A>& strip,
+                         const Tiling& t, int from, int to, int64_t dim, int64_t score_dim, A* out) {
+  constexpr int W = kLanes<A>;
+  const int tokens = int(smaller(to * W, strip.queries)) - from * W;
+  for (int r = 0; r < count; ++r, out += t.chunk * score_dim * W) {
+    const int64_t next = r + 1 < count ? rows[r + 1].y : rows[r].y;
+    pack_transposed(tokens_of<T>(tensor, owner.batch, head, rows[r].z, rows[r].y, strip.query_token + from * W, next), tokens, dim,
+                    out, W, score_dim * W);
+    for (int v = 0; v < to - from; ++v)
+      for (int64_t d = dim; d < score_dim; ++d) store(out + (v * score_dim + d) * W, splat(A(1)));
+  }
+}
+
+// Scores of one kind (queries and keys; or gradients and values) for all rows of a block and one chunk of queries.
+template <class A> struct Products {
+  const A* query;   // [row][vector][D][W]
+  const A* keys;    // ring of [D][pitch]
+  int64_t dim, key_size;
+  A* scores;        // [row][vector of the chunk][slot][W]
+};
+
+template <class A>
+inline void score_chunk(const Products<A>& a, const Tiling& t, const Ring& ring, const Strip<A>& strip, const BlockRow* rows,
+                        int count, int from, int to) {
+  constexpr int W = kLanes<A>;
+  const int kernel = int(t.axis[2].axis.kernel);
+  for (int64_t z = rows[0].z_begin; z < rows[0].z_end; ++z)
+    for (int64_t y = rows[0].y_begin; y < rows[count - 1].y_end; ++y) {
+      int low = 0, high = 0;  // the rows that see this row of keys
+      while (rows[low].y_end <= y) ++low;
+      while (high < count && rows[high].y_begin <= y) ++high;
+      const A* keys = a.keys + ring.slot(z, y) * a.key_size;
+      for (int v = from; v < to; ++v) {
+        const A* query[kRows];
+        A* scores[kRows];
+        for (int r = low; r < high; ++r) {
+          const int64_t slot = ((z - rows[r].z_begin) * (rows[r].y_end - rows[r].y_begin) + y - rows[r].y_begin) * kernel;
+          query[r - low] = a.query + (r * t.chunk + v - from) * a.dim * W;
+          scores[r - low] = a.scores + ((r * t.chunk + v - from) * t.slots + slot) * W;
+        }
+        score_row<A>(high - low, query, keys, t.pitch, strip.map[v], a.dim, kernel, scores);
+      }
+    }
+}
+
+inline int window_slots(const BlockRow& row, const Tiling& t) {
+  return int((row.z_end - row.z_begin) * (row.y_end - row.y_begin) * t.axis[2].axis.kernel);
+}
+
+// The additional tokens' scores, after those of the window.
+template <class A>
+inline void score_additional(const Products<A>& a, const Tiling& t, const A* keys, int64_t pitch, int additional, const BlockRow* rows,
+                             int count, int from, int to) {
+  constexpr int W = kLanes<A>;
+  LaneMap<A> all;
+  all.base = all.base1 = 0;
+  all.index = Index<A>{};
+  all.kind = kBroadcast;
+  for (int v = from; v < to; ++v) {
+    const A* query[kRows];
+    A* scores[kRows];
+    for (int r = 0; r < count; ++r) {
+      query[r] = a.query + (r * t.chunk + v - from) * a.dim * W;
+      scores[r] = a.scores + ((r * t.chunk + v - from) * t.slots + window_slots(rows[r], t)) * W;
+    }
+    score_row<A>(count, query, keys, pitch, all, a.dim, additional, scores);
+  }
+}
+
+// Scores of one vector of queries -> weights, not yet divided by their total. Returns the statistics of scale * score.
+template <class A>
+inline Statistics<A> weigh_vector(A* scores, const Problem& p, const Tiling& t, const Strip<A>& strip, const BiasTables<A>& bias,
+                                  int64_t head, const BlockRow& row, int vector) {
+  constexpr A kLog2e = A(1.4426950408889634);
+  const int kernel = int(t.axis[2].axis.kernel), window = window_slots(row, t), slots = window + int(p.additional);
+  const A scale = A(p.scale);
+  if (bias.tables) {
+    A* at = scores;
+    for (int64_t z = 0; z < row.z_end - row.z_begin; ++z)
+      for (int64_t y = 0; y < row.y_end - row.y_begin; ++y, at += kernel * kLanes<A>)
+        add_bias_of_map<A>(at, kernel, scale, bias.row(head, row.z_bias + z, row.y_bias + y), strip.bias[vector]);
+    for (int i = window; i < slots; ++i, at += kLanes<A>) store(at, load(at) * scale);
+  }
+  cut_short<A>(scores, window, kernel, strip.cut[vector], -A(__builtin_inf()));
+  Statistics<A> s = weigh<A>(scores, slots, bias.tables ? kLog2e : scale * kLog2e);
+  if (!bias.tables) s.maximum *= scale;
+  return s;
+}
+
+// The packed rows of keys and values that an owner's block sees, and its additional tokens, in the forms that a pass wants.
+template <class T> struct PackedKeys {
+  using A = Accumulate<T>;
+  static constexpr int W = kLanes<A>;
+  // One of the two tensors, in each form that a pass asked for.
+  struct Form {
+    bool transposed, dense;
+    int64_t dim, pitch;       // of a dense row
+    int64_t size[2];          // of a row of keys: transposed [dim (+ mask)][t.pitch], dense [columns][pitch]
+    A *ring[2], *additional[2];
+  };
+  const Problem& p;
+  const Tiling& t;
+  Ring ring;
+  Form form[2];       // of the keys, of the values
+  Form &key = form[0], &value = form[1];
+  int64_t score_dim;  // a mask is one more element of the head dim: 1 * (0 or -inf)
+
+  PackedKeys(const Problem& problem, const Tiling& tiling) : p(problem), t(tiling) {
+    score_dim = p.head_dim + (p.key_mask.data ? 1 : 0);
+    key.dim = p.head_dim, value.dim = p.value_dim;
+  }
+  int64_t additional_pitch() const { return round_up(p.additional, W); }
+  int64_t rows() const { return t.ring[0] * t.ring[1]; }
+
+  void carve(Carver& c) {
+    ring.carve(c, t);
+    carve(c, key, score_dim);
+    carve(c, value, p.value_dim);
+  }
+  void carve(Carver& c, Form& form, int64_t transposed_dim) const {
+    form.pitch = round_up(form.dim, W);
+    form.size[0] = transposed_dim * t.pitch, form.size[1] = t.columns * form.pitch;
+    form.ring[0] = form.transposed ? c.take<A>(rows() * form.size[0]) : nullptr;
+    form.ring[1] = form.dense ? c.take<A>(rows() * form.size[1]) : nullptr;
+    form.additional[0] = form.transposed ? c.take<A>(transposed_dim * additional_pitch()) : nullptr;
+    form.additional[1] = form.dense ? c.take<A>(p.additional * form.pitch) : nullptr;
+  }
+
+  // Another owner: the ring is empty.
+  void start(const Owner& owner) const {
+    ring.clear();
+    for (const Form& f : form)  // loads reach past the packed columns: let them find numbers
+      if (f.transposed) std::memset(f.ring[0], 0, size_t(rows() * f.size[0]) * sizeof(A));
+    if (!p.additional) return;
+    pack_additional(owner, p.additional_keys, key);
+    pack_additional(owner, p.additional_values, value);
+    if (score_dim > p.head_dim)
+      std::memset(key.additional[0] + p.head_dim * additional_pitch(), 0, size_t(additional_pitch()) * sizeof(A));
+  }
+  void bring(const Owner& owner, const Strip<A>& strip, const BlockRow* block, int count) const {
+    for (int64_t z = block[0].z_begin; z < block[0].z_end; ++z)
+      for (int64_t y = block[0].y_begin; y < block[count - 1].y_end; ++y) {
+        const int64_t slot = ring.slot(z, y);
+        if (!ring.claim(slot, z * p.kv_shape[1] + y)) continue;
+        const int64_t zt = t.axis[0].key_token(z), yt = t.axis[1].key_token(y);
+        const int64_t next = y + 1 < p.kv_shape[1] ? t.axis[1].key_token(y + 1) : yt;
+        pack(tokens_of<T>(p.key, owner.batch, owner.head, zt, yt, strip.key_token, next), strip.columns, key, slot);
+        pack(tokens_of<T>(p.value, owner.batch, owner.head, zt, yt, strip.key_token, next), strip.columns, value, slot);
+        if (p.key_mask.data) mask_row(row_of<uint8_t>(p.key_mask, owner.batch, 0, zt, yt), strip, slot);
+      }
+  }
+
+ private:
+  void pack(const TokenRow<T>& row, int columns, const Form& form, int64_t slot) const {
+    if (form.transposed) pack_transposed(row, columns, form.dim, form.ring[0] + slot * form.size[0], t.pitch, W);
+    if (form.dense) pack_dense(row, columns, form.dim, form.ring[1] + slot * form.size[1], form.pitch);
+  }
+  void pack_additional(const Owner& owner, const Rows& rows, const Form& form) const {
+    for (int64_t from = 0; from < p.additional; from += W) {
+      const int some = int(smaller(p.additional - from, W));
+      int64_t here[W];
+      for (int i = 0; i < some; ++i) here[i] = from + i;
+      const TokenRow<T> row{row_of<T>(rows, owner.batch, owner.head, 0, 0), here, rows.token[2], rows.dim, 0};
+      if (form.transposed) pack_transposed(row, some, form.dim, form.additional[0] + from, additional_pitch(), W);
+      if (form.dense) pack_dense(row, some, form.dim, form.additional[1] + from * form.pitch, form.pitch);
+    }
+  }
+  // Hidden keys: score -inf, and zeros instead of what they hold, which may be NaN.
+  void mask_row(const uint8_t* mask, const Strip<A>& strip, int64_t slot) const {
+    A* const scores = key.ring[0] + slot * key.size[0] + p.head_dim * t.pitch;
+    for (int i = 0; i < strip.columns; ++i) {
+      const bool seen = mask[strip.key_token[i] * p.key_mask.token[2]];
+      scores[i] = seen ? A(0) : -A(__builtin_inf());
+      if (seen) continue;
+      for (const Form& f : form) {
+        for (int64_t d = 0; f.transposed && d < f.dim; ++d) f.ring[0][slot * f.size[0] + d * t.pitch + i] = 0;
+        if (f.dense) std::memset(f.ring[1] + slot * f.size[1] + i * f.pitch, 0, size_t(f.pitch) * sizeof(A));
+      }
+    }
+  }
+};
+
+// The rows of one form of the keys that a row of queries sees.
+template <class A> inline int list_rows(const Ring& ring, const A* rows, int64_t size, const BlockRow& row, int64_t kernel, Visit<A>* list) {
+  int count = 0;
+  for (int64_t z = row.z_begin; z < row.z_end; ++z)
+    for (int64_t y = row.y_begin; y < row.y_end; ++y, ++count) list[count] = {rows + ring.slot(z, y) * size, count * kernel};
+  return count;
+}
+
+// One band over all columns of the head dim: out[n][pitch] (+)= factor[n] * sum of coefficients * rows.
+template <class A, class Coefficient>
+inline void sum_columns(const Group& group, const Coefficient& coefficient, const Visit<A>* visits, int count, int64_t pitch,
+                        A* const* out, const A* factor, bool add) {
+  const int all = int(pitch / kLanes<A>);
+  A* here[kMaxOutputs];
+  for (int c = 0; c < all; c += kMaxColumns) {
+    const int columns = columns_per_call(all - c);
+    for (int n = 0; n < group.count; ++n) here[n] = out[n] + c * kLanes<A>;
+    pick_sum_band<A, Coefficient>(columns, group.count, group.diagonal)({group, visits, count, pitch, here, factor, add}, coefficient, c * kLanes<A>);
+  }
+}
+// One row of sums to the output's type.
+template <class T, class A = Accumulate<T>> inline void write_row(const A* sums, T* out, int64_t dim) {
+  constexpr int W = kLanes<A>;
+  int64_t d = 0;
+  for (; d + W <= dim; d += W) store_narrow(out + d, load(sums + d));
+  if (d < dim) store_narrow_part(out + d, load(sums + d), int(dim - d));
+}
+
+}  // namespace
+}  // namespace natten

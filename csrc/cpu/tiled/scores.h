@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MIT
+// Inner products of queries and keys. A lane is a query, so that a softmax needs no horizontal step; R rows of queries
+// share every load of keys, T slots of the window share every load of a query.
+//
+// Shapes: D head dim, W lanes, R rows of queries, T slots.
+#pragma once
+#include "vectors.h"
+
+namespace natten {
+namespace {
+
+constexpr bool kManyRegisters = NATTEN_VECTOR_BYTES == 64;  // 32; NEON has as many, but 16 is safe
+constexpr int kAccumulators = kManyRegisters ? 24 : 12;
+constexpr int kRows = 4;      // rows of queries in a block
+constexpr int kMaxSlots = 8;  // slots of one call
+
+// Which columns of a row the lanes of a block read: for slot t, lane l reads column base + index[l] + t (from a second
+// vector, at base1, where index[l] >= W). Clamped windows, strides and dilation groups are nothing but maps.
+enum MapKind { kContiguous, kBroadcast, kPermute, kTwo, kGather, kMapKinds };
+template <class A> struct LaneMap {
+  Index<A> index;
+  int base, base1, kind;
+  int reach() const {  // columns [base, base + reach) are read for slot 0
+    int far = base1 - base + kLanes<A>;
+    for (int l = 0; kind == kGather && l < kLanes<A>; ++l) far = int(index[l]) + 1 > far ? int(index[l]) + 1 : far;
+    return kind == kBroadcast ? 1 : far;
+  }
+};
+
+// From the first column of each lane.
+template <class A> inline LaneMap<A> make_map(const int* first) {
+  constexpr int W = kLanes<A>;
+  LaneMap<A> map;
+  bool linear = true, same = true;
+  int low = first[0], second = 1 << 30, high = 0;
+  for (int l = 0; l < W; ++l) {
+    linear &= first[l] == first[0] + l;
+    same &= first[l] == first[0];
+    low = first[l] < low ? first[l] : low;
+    high = first[l] > high ? first[l] : high;
+  }
+  for (int l = 0; l < W; ++l)
+    if (first[l] >= low + W && first[l] < second) second = first[l];
+  map.base = map.base1 = low;
+  map.kind = same ? kBroadcast : linear ? kContiguous : high < low + W ? kPermute : high < second + W ? kTwo : kGather;
+  if (map.kind == kTwo) map.base1 = second;
+  for (int l = 0; l < W; ++l) map.index[l] = map.kind == kTwo && first[l] >= low + W ? W + first[l] - second : first[l] - low;
+  return map;
+}
+
+// The map's lanes of the row that starts at `at` = row + map.base + slot; `apart` = base1 - base.
+template <int KIND, class A> NATTEN_INLINE Vector<A> fetch(const A* at, Index<A> index, int64_t apart) {
+  if constexpr (KIND == kContiguous) return load(at);
+  else if constexpr (KIND == kBroadcast) return splat(*at);
+  else if constexpr (KIND == kPermute) return permute<A>(load(at), index);
+  else if constexpr (KIND == kTwo) return permute<A>(load(at), load(at + apart), index);
+  else {
+    Vector<A> v;
+    for (int l = 0; l < kLanes<A>; ++l) v[l] = at[index[l]];
+    return v;
+  }
+}
+
+// scores[r][t][W] = sum over d of query[r][d][W] * keys[d][map + t]; rows of keys are `pitch` apart.
+template <class A, int R, int T, int KIND>
+void score_block(const A* const* query, const A* keys, int64_t pitch, const LaneMap<A>& map, int64_t dim, A* const* scores) {
+  constexpr int W = kLanes<A>;
+  Vector<A> sum[R][T];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sum[r][t] = Vector<A>{};  // "= {}" of the whole array became a slow rep stos (g++ 12)
+  const A* q[R];
+  for (int r = 0; r < R; ++r) q[r] = query[r];
+  const int64_t apart = map.base1 - map.base;
+  const Index<A> index = map.index;
+  const A* k = keys + map.base;
+  for (int64_t d = 0; d < dim; ++d, k += pitch) {
+    Vector<A> a[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) a[r] = load(q[r] + d * W);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const Vector<A> b = fetch<KIND>(k + t, index, apart);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][t] += a[r] * b;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) store(scores[r] + t * W, sum[r][t]);
+}
+
+template <class A> using ScoreBlock = void (*)(const A* const*, const A*, int64_t, const LaneMap<A>&, int64_t, A* const*);
+constexpr int slots_per_call(int rows) { return kAccumulators / rows < kMaxSlots ? kAccumulators / rows : kMaxSlots; }
+
+template <class A, int R, int KIND, int T = 1> ScoreBlock<A> pick_slots(int slots) {
+  if constexpr (T < slots_per_call(R)) {
+    if (slots != T) return pick_slots<A, R, KIND, T + 1>(slots);
+  }
+  return score_block<A, R, T, KIND>;
+}
+template <class A, int R, int KIND = 0> ScoreBlock<A> pick_kind(int kind, int slots) {
+  if constexpr (KIND + 1 < kMapKinds) {
+    if (kind != KIND) return pick_kind<A, R, KIND + 1>(kind, slots);
+  }
+  return pick_slots<A, R, KIND>(slots);
+}
+template <class A, int R = 1> ScoreBlock<A> pick_score_block(int rows, int kind, int slots) {
+  if constexpr (R < kRows) {
+    if (rows != R) return pick_score_block<A, R + 1>(rows, kind, slots);
+  }
+  return pick_kind<A, R>(kind, slots);
+}
+
+// All slots of one row of keys, for `rows` rows of queries: in equal parts of what the registers hold.
+template <class A>
+inline void score_row(int rows, const A* const* query, const A* keys, int64_t pitch, const LaneMap<A>& map, int64_t dim,
+                      int slots, A* const* scores) {
+  const int parts = (slots + slots_per_call(rows) - 1) / slots_per_call(rows);
+  A* out[kRows];
+  for (int part = 0, t = 0; part < parts; ++part) {
+    const int next = slots * (part + 1) / parts;
+    for (int r = 0; r < rows; ++r) out[r] = scores[r] + t * kLanes<A>;
+    pick_score_block<A>(rows, map.kind, next - t)(query, keys + t, pitch, map, dim, out);
+    t = next;
+  }
+}
+
+}  // namespace
+}  // namespace natten

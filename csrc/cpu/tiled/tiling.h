@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: MIT
+// How a problem is cut into tiles, from its geometry alone. Both passes and the choice of the backend read it.
+//
+// An owner has a strip of queries along the innermost axis and a range of rows along the middle one, of one (batch,
+// key head); it walks blocks of up to kRows rows and keeps the rows of keys that they see in a ring. Outer axes are lists
+// of rows only. Queries of one block row are handled in chunks of a few vectors.
+#pragma once
+#include "axis.h"
+#include "pack.h"
+
+namespace natten {
+namespace {
+
+NATTEN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// The same problem with its axes reordered: the longest becomes the innermost, whose queries are lanes.
+inline Problem turned(const Problem& p) {
+  int order[kAxes] = {0, 1, 2};
+  for (int a = 0; a < 2; ++a)  // stable: equal axes keep their order, which is that of memory
+    for (int b = 0; b < 2; ++b)
+      if (p.q_shape[order[b]] > p.q_shape[order[b + 1]]) {
+        const int t = order[b];
+        order[b] = order[b + 1], order[b + 1] = t;
+      }
+  if (p.q_shape[order[2]] < 2 * p.q_shape[2]) {  // not worth walking memory across: the innermost stays
+    int at = 0;
+    while (order[at] != 2) ++at;
+    for (; at < 2; ++at) order[at] = order[at + 1];
+    order[2] = 2;
+  }
+  Problem q = p;
+  Rows* const rows[] = {&q.query, &q.key, &q.value, &q.out, &q.lse, &q.rpb, &q.key_mask, &q.grad_out, &q.grad_lse,
+                        &q.grad_query, &q.grad_key, &q.grad_value, &q.delta, &q.row_lse, &q.grad_rpb, &q.sum_key, &q.sum_value};
+  const int64_t* const from[] = {p.q_shape, p.kv_shape, p.q_origin, p.kv_origin};
+  int64_t* const to[] = {q.q_shape, q.kv_shape, q.q_origin, q.kv_origin};
+  for (int a = 0; a < kAxes; ++a) {
+    for (int i = 0; i < 4; ++i) to[i][a] = from[i][order[a]];
+    q.axis[a] = p.axis[order[a]];
+  }
+  for (Rows* r : rows) {
+    const int64_t old[kAxes] = {r->token[0], r->token[1], r->token[2]};
+    for (int a = 0; a < kAxes; ++a) r->token[a] = old[order[a]];
+  }
+  return q;
+}
+
+struct Tiling {
+  PlacedAxis axis[kAxes];
+  int64_t strip, strips;        // queries of a strip: a multiple of the lanes
+  int64_t range, ranges;        // rows of the middle axis that one owner has
+  int64_t columns;              // keys of the longest strip
+  int64_t pitch;                // of a transposed row of keys: room for the loads of every lane map
+  int64_t ring[2];              // rows of keys that are kept: outer x middle axis
+  int64_t slots;                // of the longest window, additional tokens included
+  int64_t rows, chunk;          // rows of a block, vectors of queries of a chunk
+  int64_t owners(const Problem& p) const { return p.batch * p.heads_kv * ranges * strips; }
+};
+
+// Rows of keys that `rows` consecutive queries of one dilation group see together, at most.
+inline int64_t union_of(const Axis& a, int64_t rows) {
+  return smaller(a.kernel + rows - 1 + a.stride - 1, ceil_div(a.length, a.dilation));
+}
+
+struct TilingOptions {
+  int64_t strip, chunk_bytes, owners;
+};
+
+// True if pieces of `size` queries, two apart, never share a key: then pieces of equal parity may add to the keys'
+// gradients at the same time.
+inline bool apart(const PlacedAxis& axis, int64_t size) {
+  const int64_t length = axis.queries.length;
+  for (int64_t begin = 0; begin + 2 * size < length; begin += size)
+    if (axis.query_at(begin + size - 1).end > axis.query_at(begin + 2 * size).first) return false;
+  return true;
+}
+
+template <class A> inline Tiling make_tiling(const Problem& p, const TilingOptions& options) {
+  constexpr int W = kLanes<A>;
+  Tiling t;
+  for (int a = 0; a < kAxes; ++a) t.axis[a] = PlacedAxis::of(p, a);
+  const PlacedAxis &middle = t.axis[1], &inner = t.axis[2];
+  const int64_t length = p.q_shape[2];
+  t.strips = ceil_div(length, options.strip);
+  t.strip = round_up(ceil_div(length, t.strips), W);
+  while (!apart(inner, t.strip)) t.strip *= 2;
+  t.strips = ceil_div(length, t.strip);
+  t.columns = 0;
+  for (int64_t s = 0; s < t.strips; ++s) {
+    const int64_t last = smaller((s + 1) * t.strip, length) - 1;
+    t.columns = larger(t.columns, inner.query_at(last).end - inner.query_at(s * t.strip).first);
+  }
+  t.pitch = round_up(t.columns + 2 * W + inner.axis.kernel, 16) + 8;  // an odd multiple of 8: rows do not share L1 sets
+  t.slots = p.additional;
+  int64_t window = 1;
+  for (int a = 0; a < kAxes; ++a) window *= p.axis[a].kernel;
+  t.slots += window;
+  const int64_t row_bytes = t.slots * W * int64_t(sizeof(A));
+  t.rows = larger(1, smaller(kRows, (int64_t(1) << 19) / row_bytes));
+  t.ring[0] = p.axis[0].kernel;
+  t.ring[1] = union_of(middle.axis, t.rows);
+  const int64_t vectors = t.strip / W, fitting = larger(1, smaller(options.chunk_bytes / (row_bytes * t.rows), vectors));
+  t.chunk = ceil_div(vectors, ceil_div(vectors, fitting));  // even chunks
+  const int64_t wanted = ceil_div(options.owners, p.batch * p.heads_kv * t.strips);
+  const int64_t most = p.q_shape[1] / larger(2 * t.rows, 2 * middle.axis.kernel);
+  t.range = ceil_div(p.q_shape[1], larger(1, smaller(wanted, most)));
+  while (!apart(middle, t.range)) t.range *= 2;
+  t.ranges = ceil_div(p.q_shape[1], t.range);
+  return t;
+}
+
+// One owner's place in the problem. Owners of one colour (parities of their strip and range) share no keys; there are
+// four colours.
+struct Owner {
+  int64_t batch, head;            // of keys
+  int64_t row_begin, row_end;     // places of the middle axis
+  int64_t query_begin, query_end; // places of the inner axis
+
+  static int64_t count(const Problem& p, const Tiling& t, int colour) {
+    return p.batch * p.heads_kv * ((t.strips + 1 - colour % 2) / 2) * ((t.ranges + 1 - colour / 2) / 2);
+  }
+  static Owner of(const Problem& p, const Tiling& t, int colour, int64_t item) {
+    const int64_t strips = (t.strips + 1 - colour % 2) / 2, ranges = (t.ranges + 1 - colour / 2) / 2;
+    return at(p, t, item / strips / ranges, item / strips % ranges * 2 + colour / 2, item % strips * 2 + colour % 2);
+  }
+  static Owner of(const Problem& p, const Tiling& t, int64_t item) {
+    return at(p, t, item / t.strips / t.ranges, item / t.strips % t.ranges, item % t.strips);
+  }
+  static Owner at(const Problem& p, const Tiling& t, int64_t pair, int64_t range, int64_t strip) {
+    return {pair / p.heads_kv, pair % p.heads_kv, range * t.range, smaller((range + 1) * t.range, p.q_shape[1]),
+            strip * t.strip, smaller((strip + 1) * t.strip, p.q_shape[2])};
+  }
+};
+
+// A piece of scratch memory, cut up; with no memory it only measures.
+struct Carver {
+  char* at;
+  template <class T> T* take(int64_t count) {
+    char* piece = at;
+    at += (count * int64_t(sizeof(T)) + 127) / 64 * 64;  // at least one line between pieces
+    return reinterpret_cast<T*>(piece);
+  }
+};
+
+// A row of queries in a block: tokens and places of its window on the outer axes.
+struct BlockRow {
+  int64_t z, y, z_begin, z_end, y_begin, y_end, z_bias, y_bias;
+};
+
+// Calls visit(rows, count) for the blocks of an owner; all rows of a block have the same outer place and dilation group.
+template <class Visit> inline void for_blocks(const Problem& p, const Tiling& t, const Owner& owner, const Visit& visit) {
+  const PlacedAxis &outer = t.axis[0], &middle = t.axis[1];
+  for (int64_t place = owner.row_begin; place < owner.row_end;) {
+    const int64_t left = smaller(middle.group_end(place), owner.row_end) - place;
+    const int count = int(ceil_div(left, ceil_div(left, t.rows)));
+    BlockRow rows[kRows];
+    int made = 0;
+    middle.for_queries(place, place + count, [&](const Query& q) {
+      rows[made].y = q.token, rows[made].y_begin = q.first, rows[made].y_end = q.end, rows[made++].y_bias = q.bias;
+    });
+    outer.for_queries(0, p.q_shape[0], [&](const Query& q) {
+      for (int r = 0; r < count; ++r) rows[r].z = q.token, rows[r].z_begin = q.first, rows[r].z_end = q.end, rows[r].z_bias = q.bias;
+      visit(rows, count);
+    });
+    place += count;
+  }
+}
+
+// The tables of a strip.
+template <class A> struct Strip {
+  int queries, columns, vectors;
+  int64_t first_column;
+  int64_t *query_token, *key_token;
+  int *first, *last;        // columns of each query's keys
+  int* bias_of;             // entry of the bias table of each query's first key
+  int* place;               // of a query in the scores: vector, lane, minus its first column
+  LaneMap<A>*map, *bias;    // per vector of queries
+  Short<A>* cut;
+  Group* groups;            // of queries
+  int *group_begin;         // per chunk
+  Group* key_groups;        // of keys, per chunk of queries; only where wanted
+  int *key_group_begin, *scratch;
+
+  static int64_t key_groups_per_chunk(const Tiling& t) {
+    return smaller(t.columns, t.chunk * kLanes<A> * t.axis[2].axis.kernel);
+  }
+  void carve(Carver& c, const Tiling& t, bool keys) {
+    const int64_t chunks = ceil_div(t.strip / kLanes<A>, t.chunk);
+    key_groups = keys ? c.take<Group>(chunks * key_groups_per_chunk(t)) : nullptr;
+    key_group_begin = c.take<int>(chunks + 1);
+    query_token = c.take<int64_t>(t.strip);
+    key_token = c.take<int64_t>(t.columns);
+    first = c.take<int>(t.strip);
+    last = c.take<int>(t.strip);
+    bias_of = c.take<int>(t.strip);
+    place = c.take<int>(t.strip);
+    map = c.take<LaneMap<A>>(t.strip / kLanes<A>);
+    bias = c.take<LaneMap<A>>(t.strip / kLanes<A>);
+    cut = c.take<Short<A>>(t.strip / kLanes<A>);
+    groups = c.take<Group>(t.strip);
+    group_begin = c.take<int>(t.strip / kLanes<A> + 1);
+    scratch = keys ? c.take<int>(2 * t.columns) : nullptr;
+  }
+
+  void fill(const Tiling& t, int64_t begin, int64_t end, int most, int most_keys) {
+    constexpr int W = kLanes<A>;
+    const PlacedAxis& inner = t.axis[2];
+    queries = int(end - begin);
+    vectors = (queries + W - 1) / W;
+    int made = 0, columns_end = 0;
+    int offset_of[W], first_of[W], count_of[W];
+    inner.for_queries(begin, end, [&](const Query& q) {
+      if (!made) first_column = q.first;
+      query_token[made] = q.token;
+      first[made] = int(q.first - first_column);
+      columns_end = last[made] = int(q.end - first_column);
+      bias_of[made] = int(q.bias);
+      const int lane = made % W, vector = made / W;
+      place[made] = int((vector % t.chunk * t.slots - first[made]) * W + lane);
+      for (int l = lane; l < W; ++l) offset_of[l] = int(q.bias), first_of[l] = first[made], count_of[l] = int(q.end - q.first);
+      if (lane == W - 1 || made == queries - 1) finish_vector(vector, int(inner.axis.kernel), first_of, count_of, offset_of);
+      ++made;
+    });
+    columns = columns_end;
+    int at = 0;
+    inner.for_keys(first_column, first_column + columns, [&](int64_t token) { key_token[at++] = token; });
+    at = 0;
+    for (int c = 0; c * t.chunk < vectors; ++c) {
+      group_begin[c] = at;
+      const int from = int(c * t.chunk * W), stop = int(smaller((c + 1) * t.chunk * W, queries));
+      at += make_groups(first, last, from, stop, most, groups + at);
+      group_begin[c + 1] = at;
+    }
+    if (key_groups) fill_key_groups(t, most_keys);
+  }
+
+ private:
+  // For each chunk, the queries of it that see a key: places relative to the chunk.
+  void fill_key_groups(const Tiling& t, int most) {
+    int at = 0;
+    for (int c = 0, from = 0; from < queries; ++c, from += int(t.chunk) * kLanes<A>) {
+      const int stop = int(smaller(from + t.chunk * kLanes<A>, queries)), column_end = last[stop - 1];
+      int* const begin = scratch;
+      int* const end = scratch + columns;
+      for (int column = first[from], low = from, high = from; column < column_end; ++column) {
+        while (low < stop && last[low] <= column) ++low;
+        while (high < stop && first[high] <= column) ++high;
+        begin[column] = low - from, end[column] = high - from;
+      }
+      key_group_begin[c] = at;
+      at += make_groups(begin, end, first[from], column_end, most, key_groups + at);
+      key_group_begin[c + 1] = at;
+    }
+  }
+  void finish_vector(int vector, int kernel, const int* first_of, const int* count_of, const int* offset_of) {
+    map[vector] = make_map<A>(first_of);
+    bias[vector] = make_map<A>(offset_of);
+    cut[vector].from = kernel;
+    for (int l = 0; l < kLanes<A>; ++l) {
+      cut[vector].count[l] = count_of[l];
+      cut[vector].from = count_of[l] < cut[vector].from ? count_of[l] : cut[vector].from;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace natten

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: MIT
+// The tiled path's forward as a pass over owners. Compiled once per ISA.
+#include "dispatch.h"
+#include "tiled/forward.h"
+
+namespace natten {
+namespace {
+
+template <class T> int64_t owners(const Problem& p) {
+  const Problem q = turned(p);
+  return Forward<T>::tiling(q).owners(q);
+}
+template <class T> int64_t scratch_bytes(const Problem& p) {
+  const Problem q = turned(p);
+  return Forward<T>(q, nullptr).bytes;
+}
+template <class T> void forward(const Problem& p, void* memory, int64_t, int64_t begin, int64_t end) {
+  const Problem q = turned(p);
+  Forward<T> pass(q, memory);
+  for (int64_t item = begin; item < end; ++item) pass.run(Owner::of(q, pass.t, item));
+}
+template <class T> cpu::ForwardKernels make() { return {owners<T>, scratch_bytes<T>, forward<T>}; }
+
+}  // namespace
+
+namespace cpu::NATTEN_ISA {
+ForwardKernels tiled_forward_kernels(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64: return make<double>();
+    case Dtype::float32: return make<float>();
+    case Dtype::float16: return make<float16>();
+    default: return make<bfloat16>();
+  }
+}
+}  // namespace cpu::NATTEN_ISA
+}  // namespace natten
