@@ -82,30 +82,30 @@ std::vector<Tensor> make_gradients(const Arguments& a, const Flags& needed, Prob
   return gradients;
 }
 
-// Gradients of the bias table (from partial sums) and of the additional tokens: after the passes over queries.
-void finish_backward(const cpu::BackwardKernels& kernels, const Problem& p) {
-  const int64_t scratch = kernels.scratch_bytes(p);
-  if (p.grad_rpb.data) run_parts(kernels.reduce_rpb, p, p.heads, scratch, 1);
-  if (p.grad_additional_keys.data || p.grad_additional_values.data)
-    run(kernels.additional, p, p.batch * p.additional, scratch, 2 * work_of(p));
-}
-
 void run_general(const cpu::BackwardKernels& kernels, const Problem& p) {
   const int64_t scratch = kernels.scratch_bytes(p), queries = kernels.query_items(p);
   const double work = work_of(p);
-  if (p.grad_rpb.data) run_parts(kernels.query, p, queries, scratch, kRpbChunks);
-  else run(kernels.query, p, queries, scratch, 2 * work);
+  if (p.grad_rpb.data) {
+    run_parts(kernels.query, p, queries, scratch, kParts);
+    run_parts(kernels.reduce_rpb, p, p.heads, scratch, 1);
+  } else {
+    run(kernels.query, p, queries, scratch, 2 * work);
+  }
   if (p.grad_key.data || p.grad_value.data) run(kernels.key, p, kernels.key_items(p), scratch, 2 * work);
+  if (p.grad_additional_keys.data || p.grad_additional_values.data)
+    run(kernels.additional, p, p.batch * p.additional, scratch, 2 * work);
 }
 
 void run_tiled(const cpu::TiledBackwardKernels& kernels, const Problem& p) {
   const int64_t scratch = kernels.scratch_bytes(p);
+  const bool in_parts = kernels.partial_size(p) > 0;
   for (int colour = 0; colour < 4; ++colour) {
     const int64_t owners = kernels.owners(p, colour);
-    if (p.grad_rpb.data) run_parts(kernels.backward[colour], p, owners, scratch, kRpbChunks);
+    if (in_parts) run_parts(kernels.backward[colour], p, owners, scratch, kParts);
     else run(kernels.backward[colour], p, owners, scratch, work_of(p));
   }
   run(kernels.narrow, p, p.batch * p.kv_shape[0] * p.kv_shape[1] * p.kv_shape[2], 0, work_of(p) / 16);
+  if (in_parts) run_parts(kernels.reduce, p, 1, 0, 1);
 }
 
 // Zeros that the gradients of keys (or values) are added to: the gradient itself where it has the type of sums and rows
@@ -167,23 +167,21 @@ Six backward_cpu(
   if (grad_lse) p.grad_lse = rows_of(*grad_lse, true, rank, true, false);
   const cpu::Dtype dtype = cpu_dtype(query);
   const bool tiled = takes_tiled(p, dtype, backend);
-  Integers saved = sizes_of(lse);
-  if (tiled && !additional_keys) saved = {0};  // only the general path's passes read them
-  const Tensor delta = torch::stable::new_empty(lse, saved), row_lse = torch::stable::new_empty(lse, saved);
-  if (delta.numel()) {
-    p.delta = rows_of(delta, true, rank, true, false);
-    p.row_lse = rows_of(row_lse, true, rank, true, false);
-  }
-  const Tensor partials = torch::stable::new_zeros(lse, Integers{p.grad_rpb.data ? kRpbChunks * rpb->numel() : 0});
-  p.rpb_partials = partials.data_ptr();
   if (tiled) {
+    const cpu::TiledBackwardKernels kernels = cpu::tiled_backward_kernels(dtype);
+    const Tensor partials = torch::stable::new_zeros(lse, Integers{kParts * kernels.partial_size(p)});
+    p.partials = partials.data_ptr();
     const Tensor sum_key = make_sums(lse, rank, p.grad_key, p.sum_key, g[1]);
     const Tensor sum_value = make_sums(lse, rank, p.grad_value, p.sum_value, g[2]);
-    run_tiled(cpu::tiled_backward_kernels(dtype), p);
+    run_tiled(kernels, p);
   } else {
+    const Tensor delta = torch::stable::new_empty(lse, sizes_of(lse)), row_lse = torch::stable::new_empty(lse, sizes_of(lse));
+    p.delta = rows_of(delta, true, rank, true, false);
+    p.row_lse = rows_of(row_lse, true, rank, true, false);
+    const Tensor partials = torch::stable::new_zeros(lse, Integers{p.grad_rpb.data ? kParts * rpb->numel() : 0});
+    p.partials = partials.data_ptr();
     run_general(cpu::backward_kernels(dtype), p);
   }
-  finish_backward(cpu::backward_kernels(dtype), p);
   return result;
 }
 

@@ -27,11 +27,11 @@ struct Problem {
   Rows grad_out, grad_lse, grad_query, grad_key, grad_value, grad_additional_keys, grad_additional_values, grad_rpb;
   Rows delta;            // [batch, queries, heads], dtype of lse: <grad_out, out> - grad_lse, before out was rounded
   Rows row_lse;          // the same shape: lse, with +inf for rows that attend to nothing
-  void* rpb_partials;    // [kRpbChunks, heads, table] in the dtype of lse
+  void* partials;        // [kParts, ..] in the dtype of lse, zeros: sums of one part for gradients that all queries share
   Rows sum_key, sum_value;  // tiled path: zeros to add the gradients of keys and values to, in the dtype of lse, rows padded
 };
 
-// Partial sums of the bias gradient: a constant number, so that the result does not depend on the number of threads.
-constexpr int kRpbChunks = 16;
+// Parts of the work on gradients that all queries share: a constant number, so that the result does not depend on threads.
+constexpr int kParts = 16;
 
 }  // namespace natten

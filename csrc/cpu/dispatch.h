@@ -30,8 +30,10 @@ struct BackwardKernels {
 struct TiledBackwardKernels {
   int64_t (*owners)(const Problem&, int colour);
   int64_t (*scratch_bytes)(const Problem&);
+  int64_t (*partial_size)(const Problem&);  // numbers of one part of Problem::partials
   Pass backward[4];  // owners of each colour
   Pass narrow;       // batch * key tokens: sum_key and sum_value to the gradients
+  Pass reduce;       // one item: the partial sums, in fixed order, to the gradients
 };
 
 ForwardKernels forward_kernels(Dtype dtype);

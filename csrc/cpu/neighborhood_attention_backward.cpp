@@ -102,7 +102,7 @@ template <class T> void backward_query(const Problem& p, void* memory, int64_t p
   Scratch<T> s;
   Scratch<T>::carve(p, memory, &s);
   const int64_t table = table_size(p);
-  A* partial = p.grad_rpb.data ? static_cast<A*>(p.rpb_partials) + part * p.heads * table : nullptr;
+  A* partial = p.grad_rpb.data ? static_cast<A*>(p.partials) + part * p.heads * table : nullptr;
   const Walk additional = additional_walk(p);
   s.extra->loaded = -1;
   for_tokens(p.q_shape, begin, end, [&](int64_t b, const int64_t* token) {
@@ -240,10 +240,10 @@ template <class T> void backward_additional(const Problem& p, void* memory, int6
 template <class T> void reduce_rpb(const Problem& p, void*, int64_t, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   const int64_t table = table_size(p);
-  const A* partials = static_cast<const A*>(p.rpb_partials);
+  const A* partials = static_cast<const A*>(p.partials);
   for (int64_t at = begin * table; at < end * table; ++at) {
     A total = 0;
-    for (int chunk = 0; chunk < kRpbChunks; ++chunk) total += partials[chunk * p.heads * table + at];
+    for (int chunk = 0; chunk < kParts; ++chunk) total += partials[chunk * p.heads * table + at];
     if (p.rpb_wide) static_cast<float*>(p.grad_rpb.data)[at] = float(total);
     else narrow(total, static_cast<T*>(p.grad_rpb.data) + at);
   }

@@ -54,6 +54,7 @@ template <class T> struct Backward {
   A *queries[2], *gradients[2];     // of a chunk: transposed, and dense rows [row][query][pitch]
   A *scores, *slopes;               // s, then P; <dout, v>, then ds
   A* sums;
+  A* additional[2];                 // gradients of the additional tokens of this owner: [token][pitch]; null: not wanted
   Visit<A>* visits;
   int listed[kRows];
   int64_t bytes;
@@ -76,26 +77,42 @@ template <class T> struct Backward {
     scores = c.take<A>(lanes * t.slots);
     slopes = c.take<A>(lanes * t.slots);
     sums = c.take<A>(kMaxOutputs * keys.key.pitch);
+    additional[0] = p.grad_additional_keys.data ? c.take<A>(p.additional * keys.key.pitch) : nullptr;
+    additional[1] = p.grad_additional_values.data ? c.take<A>(p.additional * keys.value.pitch) : nullptr;
     visits = c.take<Visit<A>>(t.rows * visits_per_row());
     bytes = c.at - static_cast<char*>(memory);
     most = int(smaller(outputs_per_call(columns_per_call(int(larger(keys.key.pitch, keys.value.pitch) / W))), p.axis[2].kernel));
   }
   int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }
 
-  // `partials` is the bias tables' share of this part, or null.
-  void run(const Owner& owner, A* partials) {
+  // Partial sums of one part, over its owners.
+  struct Partials {
+    A* bias;           // [head][table], or null
+    A* additional[2];  // [batch][head of keys][token][pitch], or null
+  };
+  void run(const Owner& owner, const Partials& partials) {
     strip.fill(t, owner.query_begin, owner.query_end, most, most);
     bias.template fill<T>(p, owner.head);
     keys.start(owner);
     const int64_t group = p.heads / p.heads_kv;
-    if (partials) std::memset(bias_gradients.sums, 0, size_t(group * bias_gradients.size()) * sizeof(A));
+    if (partials.bias) std::memset(bias_gradients.sums, 0, size_t(group * bias_gradients.size()) * sizeof(A));
+    const int64_t pitch[2] = {keys.key.pitch, keys.value.pitch};
+    for (int i = 0; i < 2; ++i)
+      if (additional[i]) std::memset(additional[i], 0, size_t(p.additional * pitch[i]) * sizeof(A));
     for_blocks(p, t, owner, [&](const BlockRow* rows, int count) {
       keys.bring(owner, strip, rows, count);
       for (int r = 0; r < count; ++r)
         listed[r] = list_rows(keys.ring, keys.key.ring[1], keys.key.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
       for (int64_t h = 0; h < group; ++h) block(owner, owner.head * group + h, rows, count);
     });
-    for (int64_t h = 0; partials && h < group; ++h) bias_gradients.flush(p, strip, h, partials + (owner.head * group + h) * p.rpb.head);
+    for (int64_t h = 0; partials.bias && h < group; ++h)
+      bias_gradients.flush(p, strip, h, partials.bias + (owner.head * group + h) * p.rpb.head);
+    for (int i = 0; i < 2; ++i)
+      if (additional[i]) {
+        const int64_t size = p.additional * pitch[i];
+        A* const to = partials.additional[i] + (owner.batch * p.heads_kv + owner.head) * size;
+        for (int64_t j = 0; j < size; j += W) store(to + j, load(to + j) + load(additional[i] + j));
+      }
   }
 
   // One head of queries, of one block.
@@ -111,6 +128,8 @@ template <class T> struct Backward {
           for (int r = 0; r < count; ++r) sum_query(owner, head, rows[r], r, strip.groups[g]);
       if (p.grad_key.data) add_keys(owner, rows, count, chunk, from, slopes, queries[1], keys.key.pitch, p.sum_key);
       if (p.grad_value.data && p.grad_out.data) add_keys(owner, rows, count, chunk, from, scores, gradients[1], keys.value.pitch, p.sum_value);
+      if (additional[0]) add_additional(rows, count, from, slopes, queries[1], keys.key.pitch, additional[0]);
+      if (additional[1] && p.grad_out.data) add_additional(rows, count, from, scores, gradients[1], keys.value.pitch, additional[1]);
     }
   }
   void pack(const Owner& owner, int64_t head, const BlockRow* rows, int count, int from, int to) {
@@ -119,8 +138,9 @@ template <class T> struct Backward {
     if (p.grad_out.data) pack_queries<T>(p.grad_out, owner, head, rows, count, strip, t, from, to, p.value_dim, p.value_dim, gradients[0]);
     for (int r = 0; r < count; ++r) {
       const int64_t z = rows[r].z, y = rows[r].y, *token = strip.query_token + from * W;
-      if (p.grad_key.data) pack_dense(tokens_of<T>(p.query, owner.batch, head, z, y, token, y), tokens, p.head_dim, queries[1] + r * t.chunk * W * keys.key.pitch, keys.key.pitch);
-      if (p.grad_value.data && p.grad_out.data)
+      if (p.grad_key.data || additional[0])
+        pack_dense(tokens_of<T>(p.query, owner.batch, head, z, y, token, y), tokens, p.head_dim, queries[1] + r * t.chunk * W * keys.key.pitch, keys.key.pitch);
+      if ((p.grad_value.data || additional[1]) && p.grad_out.data)
         pack_dense(tokens_of<T>(p.grad_out, owner.batch, head, z, y, token, y), tokens, p.value_dim, gradients[1] + r * t.chunk * W * keys.value.pitch, keys.value.pitch);
     }
   }
@@ -140,14 +160,14 @@ template <class T> struct Backward {
     const int64_t at = (r * t.chunk + v - from) * t.slots * W;
     const int kernel = int(p.axis[2].kernel), window = window_slots(row, t), slots = window + int(p.additional);
     A *s = scores + at, *g = slopes + at;
-    const Statistics<A> statistics = weigh_vector(s, p, t, strip, bias, head, row, v);
+    Statistics<A> statistics = weigh_vector(s, p, t, strip, bias, head, row, v);
+    forget_hidden(keys, strip, row, v, s, statistics);
     cut_short<A>(g, window, kernel, strip.cut[v], A(0));
     Vector<A> total{};
     for (int i = 0; i < slots; ++i) total += load(s + i * W) * load(g + i * W);
     const auto dead = statistics.total == 0;  // every weight is 0, whatever the gradients are
     const Vector<A> inverse = dead ? Vector<A>{} : 1 / statistics.total;
     const Vector<A> delta = dead ? Vector<A>{} : total * inverse - grad_lse(owner, head, row, v);
-    save_statistics(owner, head, row, v, delta);
     for (int i = 0; i < slots; ++i) {
       const Vector<A> weight = load(s + i * W) * inverse;
       store(s + i * W, weight);
@@ -162,16 +182,6 @@ template <class T> struct Backward {
     const A* const from = row_of<A>(p.grad_lse, owner.batch, head, row.z, row.y);
     for (int l = 0; l < W && v * W + l < strip.queries; ++l) out[l] = from[strip.query_token[v * W + l] * p.grad_lse.token[2]];
     return out;
-  }
-  // For the pass of the additional tokens' gradients, which is the general path's.
-  void save_statistics(const Owner& owner, int64_t head, const BlockRow& row, int v, Vector<A> delta) const {
-    if (!p.delta.data) return;
-    for (int l = 0; l < W && v * W + l < strip.queries; ++l) {
-      const int64_t token = strip.query_token[v * W + l];
-      const A lse = row_of<A>(p.lse, owner.batch, head, row.z, row.y)[token * p.lse.token[2]];
-      row_of<A>(p.delta, owner.batch, head, row.z, row.y)[token * p.delta.token[2]] = delta[l];
-      row_of<A>(p.row_lse, owner.batch, head, row.z, row.y)[token * p.row_lse.token[2]] = lse == -A(__builtin_inf()) ? -lse : lse;
-    }
   }
   void add_bias_gradients(int64_t head, const BlockRow& row, int v, const A* g) const {
     const int64_t middle = 2 * p.axis[1].kernel - 1;
@@ -219,6 +229,19 @@ template <class T> struct Backward {
           sum_columns<A>(group, coefficient, seen, made, pitch, out, nullptr, true);
         }
       }
+  }
+  // The same for the additional tokens, which every query sees.
+  void add_additional(const BlockRow* rows, int count, int from, const A* coefficients, const A* dense, int64_t pitch, A* to) {
+    const int tokens = int(smaller(t.chunk * W, strip.queries - from * W)), all = int(p.additional);
+    Visit<A> seen[kRows];
+    for (int r = 0; r < count; ++r) seen[r] = {dense + r * t.chunk * W * pitch, r * t.chunk * t.slots + window_slots(rows[r], t)};
+    for (int first = 0; first < all; first += most) {
+      const Group group = flat_group({first, int(smaller(most, all - first)), false, 0, {}}, tokens);
+      A* out[kMaxOutputs];
+      for (int n = 0; n < group.count; ++n) out[n] = to + (first + n) * pitch;
+      const ByKey<A> coefficient{coefficients + first * W, strip.lane_place};
+      sum_columns<A>(group, coefficient, seen, count, pitch, out, nullptr, true);
+    }
   }
 };
 

@@ -70,7 +70,8 @@ template <class T> struct Forward {
   }
   void finish_softmax(const Owner& owner, int64_t head, const BlockRow& row, int r, int v, int from) {
     const int64_t at = r * t.chunk + v - from;
-    const Statistics<A> s = weigh_vector(scores + at * t.slots * W, p, t, strip, bias, head, row, v);
+    Statistics<A> s = weigh_vector(scores + at * t.slots * W, p, t, strip, bias, head, row, v);
+    forget_hidden(keys, strip, row, v, scores + at * t.slots * W, s);
     store(inverse + at * W, s.total == 0 ? Vector<A>{} : 1 / s.total);
     const Vector<A> lse = s.maximum + log_of_sum(s.total);
     A* const out = row_of<A>(p.lse, owner.batch, head, row.z, row.y);

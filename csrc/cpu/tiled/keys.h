@@ -246,6 +246,28 @@ template <class T> struct PackedKeys {
   }
 };
 
+// A hidden key has the score -inf, but NaN where the query holds NaN or inf: harmless where the query sees another key, for
+// then its row is NaN anyway. A query whose keys are all hidden gets its zeros back here.
+template <class T, class A = Accumulate<T>>
+inline void forget_hidden(const PackedKeys<T>& keys, const Strip<A>& strip, const BlockRow& row, int vector, A* scores, Statistics<A>& s) {
+  constexpr int W = kLanes<A>;
+  const Problem& p = keys.p;
+  if (!p.key_mask.data || p.additional) return;
+  for (int l = 0; l < W && vector * W + l < strip.queries; ++l) {
+    if (s.total[l] == s.total[l]) continue;
+    const int q = vector * W + l;
+    bool hidden = true;
+    for (int64_t z = row.z_begin; z < row.z_end; ++z)
+      for (int64_t y = row.y_begin; y < row.y_end; ++y) {
+        const A* const mask = keys.key.ring[0] + keys.ring.slot(z, y) * keys.key.size[0] + p.head_dim * keys.t.pitch;
+        for (int column = strip.first[q]; column < strip.last[q]; ++column) hidden &= mask[column] != 0;
+      }
+    if (!hidden) continue;
+    s.maximum[l] = -A(__builtin_inf()), s.total[l] = 0;
+    for (int i = 0; i < window_slots(row, keys.t); ++i) scores[i * W + l] = 0;
+  }
+}
+
 // The rows of one form of the keys that a row of queries sees.
 template <class A> inline int list_rows(const Ring& ring, const A* rows, int64_t size, const BlockRow& row, int64_t kernel, Visit<A>* list) {
   int count = 0;

@@ -173,6 +173,7 @@ template <class A> struct Strip {
   int *first, *last;        // columns of each query's keys
   int* bias_of;             // entry of the bias table of each query's first key
   int* place;               // of a query in the scores: vector, lane, minus its first column
+  int* lane_place;          // of the queries of a chunk: vector and lane alone
   LaneMap<A>*map, *bias;    // per vector of queries
   Short<A>* cut;
   Group* groups;            // of queries
@@ -193,6 +194,7 @@ template <class A> struct Strip {
     last = c.take<int>(t.strip);
     bias_of = c.take<int>(t.strip);
     place = c.take<int>(t.strip);
+    lane_place = c.take<int>(t.strip);
     map = c.take<LaneMap<A>>(t.strip / kLanes<A>);
     bias = c.take<LaneMap<A>>(t.strip / kLanes<A>);
     cut = c.take<Short<A>>(t.strip / kLanes<A>);
@@ -216,6 +218,7 @@ template <class A> struct Strip {
       bias_of[made] = int(q.bias);
       const int lane = made % W, vector = made / W;
       place[made] = int((vector % t.chunk * t.slots - first[made]) * W + lane);
+      lane_place[made] = int(vector * t.slots * W + lane);
       for (int l = lane; l < W; ++l) offset_of[l] = int(q.bias), first_of[l] = first[made], count_of[l] = int(q.end - q.first);
       if (lane == W - 1 || made == queries - 1) finish_vector(vector, int(inner.axis.kernel), first_of, count_of, offset_of);
       ++made;
