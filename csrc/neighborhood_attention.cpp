@@ -20,14 +20,12 @@ void check_backend(int64_t backend) {
                   " cannot run on CPU tensors; use 0 (choose), 1 (cpu-general) or 2 (cpu-tiled)");
 }
 
-// Scratch of a thread that the tiled path may have; larger problems take the general path.
-constexpr int64_t kMaxTiledBytes = 2 << 20;
-
-// The choice is the same for both passes: a problem that fits in one only would have logits of two roundings.
 bool takes_tiled(const Problem& p, cpu::Dtype dtype, int64_t backend) {
-  return backend != kCpuGeneral && p.head_dim > 0 && p.value_dim > 0 && p.scale > 0 && p.scale < 1e30 &&
-      cpu::tiled_forward_kernels(dtype).scratch_bytes(p) <= kMaxTiledBytes &&
-      cpu::tiled_backward_kernels(dtype).scratch_bytes(p) <= kMaxTiledBytes;
+  if (backend == kCpuGeneral) return false;
+  const bool able = p.head_dim > 0 && p.value_dim > 0 && p.scale > 0 && cpu::tiled_scratch_bytes(p, dtype) <= kMaxTiledBytes;
+  STD_TORCH_CHECK(able || backend != kCpuTiled, "natten: backend=2 (cpu-tiled) cannot run this problem: it takes positive scales, "
+                  "head dims above 0, and tiles of at most ", kMaxTiledBytes, " bytes; use 0 (choose) or 1 (cpu-general)");
+  return able;
 }
 
 OptionalTensor dense(const OptionalTensor& table) {  // the bias table is a small parameter: kernels read it densely

@@ -31,6 +31,9 @@ struct Problem {
   Rows sum_key, sum_value;  // tiled path: zeros to add the gradients of keys and values to, in the dtype of lse, rows padded
 };
 
+// Scratch that a thread of the tiled CPU path may have; problems whose smallest tiles take more are the general path's.
+constexpr int64_t kMaxTiledBytes = 2 << 20;
+
 // Parts of the work on gradients that all queries share: a constant number, so that the result does not depend on threads.
 constexpr int kParts = 16;
 

@@ -16,7 +16,7 @@ CUDA_LIBRARY = "libnatten_ops_cuda.so"
 # An op of ours that somebody else has defined would be defined twice, which ends the process.
 OWN_OPS = (
     "na1d", "na2d", "na3d", "neighborhood_attention_lse", "neighborhood_attention_lse_backward", "merge_attentions",
-    "_windows", "_cpu_vector_bytes", "_cpu_scratch_bytes",
+    "_windows", "_cpu_vector_bytes", "_cpu_scratch_bytes", "_cpu_tiled_scratch_bytes",
 )  # fmt: skip
 _VECTOR_NAMES = {16: "default", 32: "avx2", 64: "avx512"}
 

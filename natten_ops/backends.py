@@ -7,11 +7,14 @@ The facts also make the table in the README. Ids are those of `csrc/arguments.h`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from natten_ops import _library
+from natten_ops.geometry.params import Box, NAParams
 
 ALL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -20,10 +23,13 @@ CUDA_MISSING = "CUDA kernels are not part of this version yet"
 
 
 class Problem(NamedTuple):
-    """What a choice of backend depends on."""
+    """What a choice of backend depends on; the later fields may be left at what every backend takes."""
 
     device: str
     dtype: torch.dtype
+    scale: float = 1.0
+    head_dim: int = 1  # the smaller of the head dim and the value dim
+    tile_bytes: int = 0  # scratch of one thread of the tiled CPU kernels
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} tensors on {self.device}"
@@ -41,6 +47,8 @@ class Backend(NamedTuple):
     compiles: str
     verified_on: str  # the hardware on which the tests have run
     note: str
+    positive_scale: bool = False  # takes scales above 0 only
+    max_tile_bytes: int | None = None
 
     def why_not(self, problem: Problem) -> list[str]:
         """Every reason why this backend cannot run the problem; empty if it can."""
@@ -50,6 +58,15 @@ class Backend(NamedTuple):
         if problem.dtype not in self.dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             reasons.append(f"takes {names}, not {str(problem.dtype).removeprefix('torch.')}")
+        if self.positive_scale and not problem.scale > 0:
+            reasons.append(f"takes positive scales, not {problem.scale}: the softmax orders scores before it scales them")
+        if self.max_tile_bytes is not None and problem.head_dim == 0:
+            reasons.append("takes head dims of at least 1")
+        if self.max_tile_bytes is not None and problem.tile_bytes > self.max_tile_bytes:
+            reasons.append(
+                f"keeps the keys and scores of a tile in cache, {problem.tile_bytes} bytes here, "
+                f"at most {self.max_tile_bytes}: the window is too large"
+            )
         return reasons
 
 
@@ -63,7 +80,9 @@ BACKENDS = (
         deterministic=True,
         compiles="as an extern call",
         verified_on="x86-64 with AVX2 and AVX-512",
-        note="every option, any strides",
+        note="every option, any strides; not windows whose keys exceed 2 MB",
+        positive_scale=True,
+        max_tile_bytes=2 << 20,
     ),
     Backend(
         name="cpu-general",
@@ -74,7 +93,7 @@ BACKENDS = (
         deterministic=True,
         compiles="as an extern call",
         verified_on="x86-64 with AVX2 and AVX-512",
-        note="every option, any head dim, any strides",
+        note="every option, any head dim, any strides, any window",
     ),
     Backend(
         name="reference",
@@ -88,6 +107,20 @@ BACKENDS = (
         note="plain torch, slow, gathers every window; only when named",
     ),
 )
+def describe(inputs: Sequence[Tensor | None], params: NAParams, box: Box | None, scale: float | None) -> Problem:
+    """Everything that the choice depends on; `inputs` in the order of `reference.Inputs`, on any device."""
+    query, _, value, *_ = inputs
+    assert query is not None and value is not None
+    tile_bytes = 0
+    if query.device.type == "cpu" and query.dtype in ALL_DTYPES:
+        # Shapes alone count; fresh tensors of them, because those at hand may be batched by vmap.
+        shells = [None if t is None else torch.empty((), dtype=t.dtype).expand(t.shape) for t in inputs]
+        lists = [list(entry) for entry in params], [list(entry) for entry in box or ((), (), ())]
+        tile_bytes = torch.ops.natten._cpu_tiled_scratch_bytes(*shells[:3], *lists[0], *shells[3:], *lists[1])
+    head_dim = min(query.shape[-1], value.shape[-1])
+    return Problem(query.device.type, query.dtype, 1.0 if scale is None else scale, head_dim, tile_bytes)
+
+
 NAMES = tuple(backend.name for backend in BACKENDS)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from natten_ops import backends, ops, reference  # noqa: F401  (ops registers the rules)
-from natten_ops.geometry.params import Box, make_box, make_params
+from natten_ops.geometry.params import Box, NAParams, make_box, make_params
 from natten_ops.ops._register import AUTOCAST_KEYS, no_autocast
 from natten_ops.ops.arguments import autocast_inputs, check_inputs
 from natten_ops.ops.arguments import checked_scale as checked_scale  # nn takes it from here
@@ -221,7 +221,7 @@ def _attend(
     autocasts = device in AUTOCAST_KEYS and torch.is_autocast_enabled(device)
     seen = autocast_inputs(inputs, torch.get_autocast_dtype(device), device) if autocasts else inputs
     check_inputs(seen, params, box)
-    number = _backend_number(seen, backend)
+    number = _backend_number(seen, params, box, scale, backend)
     if number is None:
         with no_autocast(inputs.query.device.type):
             out, lse = reference.forward(seen, params, box, scale)
@@ -259,22 +259,17 @@ def _unknown_argument(function: str, name: str) -> str:
     return f"{text}; see help(natten_ops.{function})"
 
 
-def _backend_number(inputs: Inputs, backend: str | None) -> int | None:
+def _backend_number(inputs: Inputs, params: NAParams, box: Box | None, scale: float | None, name: str | None) -> int | None:
     """The op's backend id: 0 where the kernels choose, None for the reference, which is no kernel."""
-    device = inputs.query.device.type
-    problem = backends.Problem(device, inputs.query.dtype)
-    if backend is not None:
-        return backends.require(backend, problem).id
-    shapes_only = device == "meta" or (
-        isinstance(inputs.query, torch._subclasses.FakeTensor) and not _really_compiling()
-    )
-    if not shapes_only:
+    problem = backends.Problem(inputs.query.device.type, inputs.query.dtype)
+    real = problem.device != "meta" and not isinstance(inputs.query, torch._subclasses.FakeTensor)
+    compiling = torch.compiler.is_compiling()
+    if name is not None:
+        if real and not compiling:  # compiled code learns it when it runs: the kernel raises for the same facts
+            problem = backends.describe(inputs, params, box, scale)
+        return backends.require(name, problem).id
+    if real or (compiling and not torch.compiler.is_exporting()):  # compiling for this process, not for another one
         chosen = backends.choose(problem)
-        if not torch.compiler.is_compiling():  # a logger's call would break the graph
+        if not compiling:  # a logger's call would break the graph
             _log.debug("%s runs %s", chosen.name, problem)
     return 0
-
-
-def _really_compiling() -> bool:
-    """Compiling for this process, not exporting for another one."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()

@@ -55,6 +55,13 @@ ForwardKernels tiled_forward_kernels(Dtype dtype) { return (CHOOSE(tiled_forward
 BackwardKernels backward_kernels(Dtype dtype) { return (CHOOSE(backward_kernels))(dtype); }
 TiledBackwardKernels tiled_backward_kernels(Dtype dtype) { return (CHOOSE(tiled_backward_kernels))(dtype); }
 
+int64_t tiled_scratch_bytes(const Problem& problem, Dtype dtype) {
+  Problem p = problem;
+  p.grad_rpb = p.rpb;
+  p.grad_additional_keys = p.additional_keys, p.grad_additional_values = p.additional_values;
+  return larger(tiled_forward_kernels(dtype).scratch_bytes(p), tiled_backward_kernels(dtype).scratch_bytes(p));
+}
+
 int vector_bytes() { return 16 << level(); }
 
 }  // namespace natten::cpu

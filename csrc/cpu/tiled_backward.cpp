@@ -12,7 +12,7 @@ template <class T> int64_t owners(const Problem& p, int colour) {
 }
 template <class T> int64_t scratch_bytes(const Problem& p) {
   const Problem q = turned(p);
-  return Backward<T>(q, nullptr).bytes;
+  return Backward<T>(q, Backward<T>::tiling(q), nullptr).bytes;
 }
 int64_t table_size(const Problem& p) {
   int64_t size = 1;
@@ -37,7 +37,7 @@ template <class T> int64_t partial_size(const Problem& p) {
 template <class T, int COLOUR> void backward(const Problem& p, void* memory, int64_t part, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   const Problem q = turned(p);
-  Backward<T> pass(q, memory);
+  Backward<T> pass(q, Backward<T>::tiling(q), memory);
   int64_t size[3];
   partial_sizes<T>(p, size);
   A* const at = static_cast<A*>(p.partials) + part * partial_size<T>(p);

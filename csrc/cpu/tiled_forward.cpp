@@ -12,11 +12,11 @@ template <class T> int64_t owners(const Problem& p) {
 }
 template <class T> int64_t scratch_bytes(const Problem& p) {
   const Problem q = turned(p);
-  return Forward<T>(q, nullptr).bytes;
+  return Forward<T>(q, Forward<T>::tiling(q), nullptr).bytes;
 }
 template <class T> void forward(const Problem& p, void* memory, int64_t, int64_t begin, int64_t end) {
   const Problem q = turned(p);
-  Forward<T> pass(q, memory);
+  Forward<T> pass(q, Forward<T>::tiling(q), memory);
   for (int64_t item = begin; item < end; ++item) pass.run(Owner::of(q, pass.t, item));
 }
 template <class T> cpu::ForwardKernels make() { return {owners<T>, scratch_bytes<T>, forward<T>}; }

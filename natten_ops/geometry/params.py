@@ -205,6 +205,8 @@ def integer(name: str, value: Any) -> int:
 
 def check_integer(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is an int or a SymInt (which `integer` would make concrete)."""
+    if type(value) is int:  # the common case: asking for the protocol took 8 us an entry
+        return
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an int")
 
@@ -219,7 +221,7 @@ def _flags(name: str, value: Any, rank: int) -> tuple[bool, ...]:
 
 
 def _broadcast(name: str, value: Any, rank: int, kind: str) -> tuple[Any, ...]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+    if type(value) is int or isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         return (value,) * rank
     if len(value) != rank:
         raise ValueError(

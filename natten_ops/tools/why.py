@@ -51,7 +51,7 @@ def why(
     for name, count in (("heads", heads), ("head_dim", head_dim), ("batch", batch)):
         if count < 1:
             raise ValueError(f"{name}={count} must be at least 1")
-    problem = backends.Problem(torch.device(device).type, dtype)
+    problem = _problem(params, (batch, *spatial_shape, heads, head_dim), dtype, torch.device(device))
     size = f"batch {batch}, {heads} head{'s' * (heads > 1)} of {head_dim}"
     shape = (batch, *spatial_shape, heads, head_dim)
     forward = flops.forward_flops(shape, shape, params)
@@ -66,6 +66,13 @@ def why(
         *_backend_lines(problem),
     ]
     return "\n".join(lines)
+
+
+def _problem(params: NAParams, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> backends.Problem:
+    if device.type != "cpu":  # the device need not be present
+        return backends.Problem(device.type, dtype)
+    tensor = torch.empty((), dtype=dtype).expand(*shape)
+    return backends.describe([tensor, tensor, tensor, None, None, None, None], params, None, None)
 
 
 def _backend_lines(problem: backends.Problem) -> list[str]:

@@ -57,11 +57,18 @@ template <class T> struct Backward {
   A* additional[2];                 // gradients of the additional tokens of this owner: [token][pitch]; null: not wanted
   Visit<A>* visits;
   int listed[kRows];
+  struct KeyRow {
+    A* sums[2];  // of its keys, of its values
+    int count, row[kRows];
+    int64_t slot[kRows];
+  };
+  KeyRow* key_row;  // of a block
+  int key_rows;
   int64_t bytes;
 
-  static Tiling tiling(const Problem& p) { return make_tiling<A>(p, {128, 64 << 10, 16}); }
+  static Tiling tiling(const Problem& p) { return fit_tiling<Backward, A>(p, {128, 0, 64 << 10, 16}, kMaxTiledBytes); }
 
-  Backward(const Problem& problem, void* memory) : p(problem), t(tiling(problem)), keys(problem, t) {
+  Backward(const Problem& problem, const Tiling& tiling, void* memory) : p(problem), t(tiling), keys(problem, t) {
     keys.key.transposed = keys.key.dense = keys.value.transposed = true;
     keys.value.dense = false;
     Carver c{static_cast<char*>(memory)};
@@ -80,6 +87,7 @@ template <class T> struct Backward {
     additional[0] = p.grad_additional_keys.data ? c.take<A>(p.additional * keys.key.pitch) : nullptr;
     additional[1] = p.grad_additional_values.data ? c.take<A>(p.additional * keys.value.pitch) : nullptr;
     visits = c.take<Visit<A>>(t.rows * visits_per_row());
+    key_row = c.take<KeyRow>(keys.rows());
     bytes = c.at - static_cast<char*>(memory);
     most = int(smaller(outputs_per_call(columns_per_call(int(larger(keys.key.pitch, keys.value.pitch) / W))), p.axis[2].kernel));
   }
@@ -91,32 +99,58 @@ template <class T> struct Backward {
     A* additional[2];  // [batch][head of keys][token][pitch], or null
   };
   void run(const Owner& owner, const Partials& partials) {
-    strip.fill(t, owner.query_begin, owner.query_end, most, most);
     bias.template fill<T>(p, owner.head);
-    keys.start(owner);
+    for (int64_t begin = owner.query_begin; begin < owner.query_end; begin += t.strip) {
+      strip.fill(t, begin, smaller(begin + t.strip, owner.query_end), most);
+      keys.start(owner);
+      clear_sums();
+      for_blocks(p, t, owner, [&](const BlockRow* rows, int count) {
+        keys.bring(owner, strip, rows, count);
+        list_block(owner, rows, count);
+        const int64_t group = p.heads / p.heads_kv;
+        for (int64_t h = owner.head * group; h < (owner.head + 1) * group; ++h) differentiate_block(owner, h, rows, count);
+      });
+      flush_sums(owner, partials);
+    }
+  }
+  int64_t additional_size(int i) const { return p.additional * (i ? keys.value.pitch : keys.key.pitch); }
+  void clear_sums() const {
+    if (bias_gradients.sums) std::memset(bias_gradients.sums, 0, size_t(p.heads / p.heads_kv * bias_gradients.size()) * sizeof(A));
+    for (int i = 0; i < 2; ++i)
+      if (additional[i]) std::memset(additional[i], 0, size_t(additional_size(i)) * sizeof(A));
+  }
+  void flush_sums(const Owner& owner, const Partials& partials) const {
     const int64_t group = p.heads / p.heads_kv;
-    if (partials.bias) std::memset(bias_gradients.sums, 0, size_t(group * bias_gradients.size()) * sizeof(A));
-    const int64_t pitch[2] = {keys.key.pitch, keys.value.pitch};
-    for (int i = 0; i < 2; ++i)
-      if (additional[i]) std::memset(additional[i], 0, size_t(p.additional * pitch[i]) * sizeof(A));
-    for_blocks(p, t, owner, [&](const BlockRow* rows, int count) {
-      keys.bring(owner, strip, rows, count);
-      for (int r = 0; r < count; ++r)
-        listed[r] = list_rows(keys.ring, keys.key.ring[1], keys.key.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
-      for (int64_t h = 0; h < group; ++h) block(owner, owner.head * group + h, rows, count);
-    });
-    for (int64_t h = 0; partials.bias && h < group; ++h)
+    for (int64_t h = 0; bias_gradients.sums && h < group; ++h)
       bias_gradients.flush(p, strip, h, partials.bias + (owner.head * group + h) * p.rpb.head);
-    for (int i = 0; i < 2; ++i)
-      if (additional[i]) {
-        const int64_t size = p.additional * pitch[i];
-        A* const to = partials.additional[i] + (owner.batch * p.heads_kv + owner.head) * size;
-        for (int64_t j = 0; j < size; j += W) store(to + j, load(to + j) + load(additional[i] + j));
+    for (int i = 0; i < 2; ++i) {
+      if (!additional[i]) continue;
+      A* const to = partials.additional[i] + (owner.batch * p.heads_kv + owner.head) * additional_size(i);
+      for (int64_t j = 0; j < additional_size(i); j += W) store(to + j, load(to + j) + load(additional[i] + j));
+    }
+  }
+  // The rows of keys that the block sees: for each row of queries (dq), and with the rows that see each (dk, dv).
+  void list_block(const Owner& owner, const BlockRow* rows, int count) {
+    for (int r = 0; r < count; ++r)
+      listed[r] = list_rows(keys.ring, keys.key.ring[1], keys.key.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
+    key_rows = 0;
+    for (int64_t z = rows[0].z_begin; z < rows[0].z_end; ++z)
+      for (int64_t y = rows[0].y_begin; y < rows[count - 1].y_end; ++y) {
+        KeyRow& key = key_row[key_rows++];
+        const int64_t zt = t.axis[0].key_token(z), yt = t.axis[1].key_token(y);
+        key.sums[0] = p.grad_key.data ? row_of<A>(p.sum_key, owner.batch, owner.head, zt, yt) : nullptr;
+        key.sums[1] = p.grad_value.data ? row_of<A>(p.sum_value, owner.batch, owner.head, zt, yt) : nullptr;
+        key.count = 0;
+        for (int r = 0; r < count; ++r) {
+          if (y < rows[r].y_begin || y >= rows[r].y_end) continue;
+          key.row[key.count] = r;
+          key.slot[key.count++] = ((z - rows[r].z_begin) * (rows[r].y_end - rows[r].y_begin) + y - rows[r].y_begin) * p.axis[2].kernel;
+        }
       }
   }
 
   // One head of queries, of one block.
-  void block(const Owner& owner, int64_t head, const BlockRow* rows, int count) {
+  void differentiate_block(const Owner& owner, int64_t head, const BlockRow* rows, int count) {
     for (int chunk = 0, from = 0; from < strip.vectors; ++chunk, from += int(t.chunk)) {
       const int to = int(smaller(from + t.chunk, strip.vectors));
       pack(owner, head, rows, count, from, to);
@@ -126,8 +160,11 @@ template <class T> struct Backward {
       if (p.grad_query.data)
         for (int g = strip.group_begin[chunk]; g < strip.group_begin[chunk + 1]; ++g)  // rows innermost: they share keys
           for (int r = 0; r < count; ++r) sum_query(owner, head, rows[r], r, strip.groups[g]);
-      if (p.grad_key.data) add_keys(owner, rows, count, chunk, from, slopes, queries[1], keys.key.pitch, p.sum_key);
-      if (p.grad_value.data && p.grad_out.data) add_keys(owner, rows, count, chunk, from, scores, gradients[1], keys.value.pitch, p.sum_value);
+      const int first = from * W, stop = int(smaller(to * W, strip.queries));
+      strip.for_key_groups(first, stop, most, [&](const Group& group) {
+        if (p.grad_key.data) add_keys(group, first, slopes, queries[1], keys.key.pitch, 0, p.sum_key.token[2]);
+        if (p.grad_value.data && p.grad_out.data) add_keys(group, first, scores, gradients[1], keys.value.pitch, 1, p.sum_value.token[2]);
+      });
       if (additional[0]) add_additional(rows, count, from, slopes, queries[1], keys.key.pitch, additional[0]);
       if (additional[1] && p.grad_out.data) add_additional(rows, count, from, scores, gradients[1], keys.value.pitch, additional[1]);
     }
@@ -208,27 +245,17 @@ template <class T> struct Backward {
     T* const to = row_of<T>(p.grad_query, owner.batch, head, row.z, row.y);
     for (int n = 0; n < group.count; ++n) write_row<T>(out[n], to + strip.query_token[group.first + n] * p.grad_query.token[2], p.head_dim);
   }
-  // Adds coefficients * rows of the block's queries to the keys' sums: dk from ds and queries, dv from P and dout.
-  void add_keys(const Owner& owner, const BlockRow* rows, int count, int chunk, int from, const A* coefficients, const A* dense,
-                int64_t pitch, const Rows& to) {
-    for (int64_t z = rows[0].z_begin; z < rows[0].z_end; ++z)
-      for (int64_t y = rows[0].y_begin; y < rows[count - 1].y_end; ++y) {
-        Visit<A> seen[kRows];
-        int made = 0;
-        for (int r = 0; r < count; ++r) {
-          if (y < rows[r].y_begin || y >= rows[r].y_end) continue;
-          const int64_t slot = ((z - rows[r].z_begin) * (rows[r].y_end - rows[r].y_begin) + y - rows[r].y_begin) * p.axis[2].kernel;
-          seen[made++] = {dense + r * t.chunk * W * pitch, r * t.chunk * t.slots + slot};
-        }
-        A* const row = row_of<A>(to, owner.batch, owner.head, t.axis[0].key_token(z), t.axis[1].key_token(y));
-        for (int g = strip.key_group_begin[chunk]; g < strip.key_group_begin[chunk + 1]; ++g) {
-          const Group& group = strip.key_groups[g];
-          A* out[kMaxOutputs];
-          for (int n = 0; n < group.count; ++n) out[n] = row + strip.key_token[group.first + n] * to.token[2];
-          const ByKey<A> coefficient{coefficients + group.first * W, strip.place + from * W};
-          sum_columns<A>(group, coefficient, seen, made, pitch, out, nullptr, true);
-        }
-      }
+  // Adds coefficients * rows of the block's queries to the keys' sums: dk (0) from ds and queries, dv (1) from P and dout.
+  void add_keys(const Group& group, int first, const A* coefficients, const A* dense, int64_t pitch, int which, int64_t stride) const {
+    const ByKey<A> coefficient{coefficients + group.first * W, strip.place + first};
+    for (int k = 0; k < key_rows; ++k) {
+      const KeyRow& key = key_row[k];
+      Visit<A> seen[kRows];
+      A* out[kMaxOutputs];
+      for (int i = 0; i < key.count; ++i) seen[i] = {dense + key.row[i] * t.chunk * W * pitch, key.row[i] * t.chunk * t.slots + key.slot[i]};
+      for (int n = 0; n < group.count; ++n) out[n] = key.sums[which] + strip.key_token[group.first + n] * stride;
+      sum_columns<A>(group, coefficient, seen, key.count, pitch, out, nullptr, true);
+    }
   }
   // The same for the additional tokens, which every query sees.
   void add_additional(const BlockRow* rows, int count, int from, const A* coefficients, const A* dense, int64_t pitch, A* to) {

@@ -26,36 +26,34 @@ struct Group {
   Run run[2 * kMaxOutputs];
 };
 
-// Groups the outputs [begin, end) with the bands [first[i], last[i]), at most `most` together; returns how many groups.
-// Bands of one group overlap all, so that low is 0 or high is all. Outputs with empty bands are in none.
-inline int make_groups(const int* first, const int* last, int begin, int end, int most, Group* groups) {
-  int made = 0;
+// Calls visit(group) for groups of at most `most` of the outputs [begin, end), whose bands are [first[i], last[i]). The
+// bands of one group overlap all, so that low is 0 or high is all. Outputs with empty bands are in no group.
+template <class Visit> inline void for_groups(const int* first, const int* last, int begin, int end, int most, const Visit& visit) {
   for (int from = begin; from < end;) {
     if (first[from] >= last[from]) { ++from; continue; }
     int stop = from + 1;  // outputs without a gap between their bands are shared out evenly
     while (stop < end && first[stop] < last[stop] && first[stop] < last[stop - 1]) ++stop;
-    const int parts = (stop - from + most - 1) / most;
-    Group& g = groups[made++];
+    const int wanted = (stop - from + most - 1) / most, even = (stop - from + wanted - 1) / wanted;
+    Group g;
     g.first = from;
     g.count = 1;
-    while (g.count < (stop - from + parts - 1) / parts && first[from + g.count] < last[from]) ++g.count;
-    const int *low_end = last + from, *high_end = first + from;
-    bool diagonal = last[from] - first[from] >= g.count;
+    while (g.count < even && first[from + g.count] < last[from]) ++g.count;
+    const int *group_last = last + from, *group_first = first + from;
+    g.diagonal = g.count > 1 && group_last[0] - group_first[0] >= g.count;
     for (int i = 1; i < g.count; ++i)
-      diagonal &= first[from + i] == first[from] + i && last[from + i] == last[from] + i;
+      g.diagonal &= group_first[i] == group_first[0] + i && group_last[i] == group_last[0] + i;
     g.runs = 0;
-    for (int t = first[from], low = 0, high = 0; t < last[from + g.count - 1];) {
-      while (low_end[low] <= t) ++low;
-      while (high < g.count && high_end[high] <= t) ++high;
-      int next = low_end[low];
-      if (high < g.count && high_end[high] < next) next = high_end[high];
+    for (int t = group_first[0], low = 0, high = 0; t < group_last[g.count - 1];) {
+      while (group_last[low] <= t) ++low;
+      while (high < g.count && group_first[high] <= t) ++high;
+      int next = group_last[low];
+      if (high < g.count && group_first[high] < next) next = group_first[high];
       g.run[g.runs++] = {short(t), short(next), short(low), short(high)};
       t = next;
     }
-    g.diagonal = diagonal && g.count > 1;
+    visit(g);
     from += g.count;
   }
-  return made;
 }
 
 // The same outputs, all of which use the rows [0, rows).

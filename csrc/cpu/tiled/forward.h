@@ -21,9 +21,9 @@ template <class T> struct Forward {
   int listed[kRows];
   int64_t bytes;
 
-  static Tiling tiling(const Problem& p) { return make_tiling<A>(p, {128, 48 << 10, 8}); }
+  static Tiling tiling(const Problem& p) { return fit_tiling<Forward, A>(p, {128, 0, 48 << 10, 8}, kMaxTiledBytes); }
 
-  Forward(const Problem& problem, void* memory) : p(problem), t(tiling(problem)), keys(problem, t) {
+  Forward(const Problem& problem, const Tiling& tiling, void* memory) : p(problem), t(tiling), keys(problem, t) {
     keys.key.transposed = keys.value.dense = true;
     keys.key.dense = keys.value.transposed = false;
     Carver c{static_cast<char*>(memory)};
@@ -41,16 +41,19 @@ template <class T> struct Forward {
   int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }
 
   void run(const Owner& owner) {
-    strip.fill(t, owner.query_begin, owner.query_end, most, 0);
     bias.template fill<T>(p, owner.head);
-    keys.start(owner);
+    for (int64_t begin = owner.query_begin; begin < owner.query_end; begin += t.strip) {
+      strip.fill(t, begin, smaller(begin + t.strip, owner.query_end), most);
+      keys.start(owner);
+      for_blocks(p, t, owner, [&](const BlockRow* rows, int count) { attend_block(owner, rows, count); });
+    }
+  }
+  void attend_block(const Owner& owner, const BlockRow* rows, int count) {
     const int64_t group = p.heads / p.heads_kv;
-    for_blocks(p, t, owner, [&](const BlockRow* rows, int count) {
-      keys.bring(owner, strip, rows, count);
-      for (int r = 0; r < count; ++r)
-        listed[r] = list_rows(keys.ring, keys.value.ring[1], keys.value.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
-      for (int64_t h = owner.head * group; h < (owner.head + 1) * group; ++h) attend(owner, h, rows, count);
-    });
+    keys.bring(owner, strip, rows, count);
+    for (int r = 0; r < count; ++r)
+      listed[r] = list_rows(keys.ring, keys.value.ring[1], keys.value.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
+    for (int64_t h = owner.head * group; h < (owner.head + 1) * group; ++h) attend(owner, h, rows, count);
   }
 
   // One head of queries, of one block.

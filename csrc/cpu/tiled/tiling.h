@@ -47,13 +47,15 @@ inline Problem turned(const Problem& p) {
 struct Tiling {
   PlacedAxis axis[kAxes];
   int64_t strip, strips;        // queries of a strip: a multiple of the lanes
+  int64_t strips_together;      // consecutive strips of one owner
   int64_t range, ranges;        // rows of the middle axis that one owner has
   int64_t columns;              // keys of the longest strip
   int64_t pitch;                // of a transposed row of keys: room for the loads of every lane map
   int64_t ring[2];              // rows of keys that are kept: outer x middle axis
   int64_t slots;                // of the longest window, additional tokens included
   int64_t rows, chunk;          // rows of a block, vectors of queries of a chunk
-  int64_t owners(const Problem& p) const { return p.batch * p.heads_kv * ranges * strips; }
+  int64_t strip_owners() const { return ceil_div(strips, strips_together); }
+  int64_t owners(const Problem& p) const { return p.batch * p.heads_kv * ranges * strip_owners(); }
 };
 
 // Rows of keys that `rows` consecutive queries of one dilation group see together, at most.
@@ -62,7 +64,7 @@ inline int64_t union_of(const Axis& a, int64_t rows) {
 }
 
 struct TilingOptions {
-  int64_t strip, chunk_bytes, owners;
+  int64_t strip, rows, chunk_bytes, owners;
 };
 
 // True if pieces of `size` queries, two apart, never share a key: then pieces of equal parity may add to the keys'
@@ -82,25 +84,27 @@ template <class A> inline Tiling make_tiling(const Problem& p, const TilingOptio
   const int64_t length = p.q_shape[2];
   t.strips = ceil_div(length, options.strip);
   t.strip = round_up(ceil_div(length, t.strips), W);
-  while (!apart(inner, t.strip)) t.strip *= 2;
   t.strips = ceil_div(length, t.strip);
+  t.strips_together = apart(inner, t.strip) ? 1 : t.strips;
   t.columns = 0;
   for (int64_t s = 0; s < t.strips; ++s) {
     const int64_t last = smaller((s + 1) * t.strip, length) - 1;
     t.columns = larger(t.columns, inner.query_at(last).end - inner.query_at(s * t.strip).first);
   }
-  t.pitch = round_up(t.columns + 2 * W + inner.axis.kernel, 16) + 8;  // an odd multiple of 8: rows do not share L1 sets
+  // Loads of whole vectors reach past the last column, those of causal lanes without a window past it too. An odd multiple
+  // of 8: rows do not share L1 sets.
+  t.pitch = round_up(t.columns + W + (inner.axis.causal ? inner.axis.kernel : 0), 16) + 8;
   t.slots = p.additional;
   int64_t window = 1;
   for (int a = 0; a < kAxes; ++a) window *= p.axis[a].kernel;
   t.slots += window;
   const int64_t row_bytes = t.slots * W * int64_t(sizeof(A));
-  t.rows = larger(1, smaller(kRows, (int64_t(1) << 19) / row_bytes));
+  t.rows = options.rows;
   t.ring[0] = p.axis[0].kernel;
   t.ring[1] = union_of(middle.axis, t.rows);
   const int64_t vectors = t.strip / W, fitting = larger(1, smaller(options.chunk_bytes / (row_bytes * t.rows), vectors));
   t.chunk = ceil_div(vectors, ceil_div(vectors, fitting));  // even chunks
-  const int64_t wanted = ceil_div(options.owners, p.batch * p.heads_kv * t.strips);
+  const int64_t wanted = ceil_div(options.owners, p.batch * p.heads_kv * t.strips / t.strips_together);
   const int64_t most = p.q_shape[1] / larger(2 * t.rows, 2 * middle.axis.kernel);
   t.range = ceil_div(p.q_shape[1], larger(1, smaller(wanted, most)));
   while (!apart(middle, t.range)) t.range *= 2;
@@ -116,18 +120,20 @@ struct Owner {
   int64_t query_begin, query_end; // places of the inner axis
 
   static int64_t count(const Problem& p, const Tiling& t, int colour) {
-    return p.batch * p.heads_kv * ((t.strips + 1 - colour % 2) / 2) * ((t.ranges + 1 - colour / 2) / 2);
+    return p.batch * p.heads_kv * ((t.strip_owners() + 1 - colour % 2) / 2) * ((t.ranges + 1 - colour / 2) / 2);
   }
   static Owner of(const Problem& p, const Tiling& t, int colour, int64_t item) {
-    const int64_t strips = (t.strips + 1 - colour % 2) / 2, ranges = (t.ranges + 1 - colour / 2) / 2;
+    const int64_t strips = (t.strip_owners() + 1 - colour % 2) / 2, ranges = (t.ranges + 1 - colour / 2) / 2;
     return at(p, t, item / strips / ranges, item / strips % ranges * 2 + colour / 2, item % strips * 2 + colour % 2);
   }
   static Owner of(const Problem& p, const Tiling& t, int64_t item) {
-    return at(p, t, item / t.strips / t.ranges, item / t.strips % t.ranges, item % t.strips);
+    const int64_t strips = t.strip_owners();
+    return at(p, t, item / strips / t.ranges, item / strips % t.ranges, item % strips);
   }
   static Owner at(const Problem& p, const Tiling& t, int64_t pair, int64_t range, int64_t strip) {
+    const int64_t width = t.strip * t.strips_together;
     return {pair / p.heads_kv, pair % p.heads_kv, range * t.range, smaller((range + 1) * t.range, p.q_shape[1]),
-            strip * t.strip, smaller((strip + 1) * t.strip, p.q_shape[2])};
+            strip * width, smaller((strip + 1) * width, p.q_shape[2])};
   }
 };
 
@@ -178,16 +184,9 @@ template <class A> struct Strip {
   Short<A>* cut;
   Group* groups;            // of queries
   int *group_begin;         // per chunk
-  Group* key_groups;        // of keys, per chunk of queries; only where wanted
-  int *key_group_begin, *scratch;
+  int *seen_from, *seen_to; // per column, in a chunk: the queries that see it; backward only
 
-  static int64_t key_groups_per_chunk(const Tiling& t) {
-    return smaller(t.columns, t.chunk * kLanes<A> * t.axis[2].axis.kernel);
-  }
   void carve(Carver& c, const Tiling& t, bool keys) {
-    const int64_t chunks = ceil_div(t.strip / kLanes<A>, t.chunk);
-    key_groups = keys ? c.take<Group>(chunks * key_groups_per_chunk(t)) : nullptr;
-    key_group_begin = c.take<int>(chunks + 1);
     query_token = c.take<int64_t>(t.strip);
     key_token = c.take<int64_t>(t.columns);
     first = c.take<int>(t.strip);
@@ -200,10 +199,11 @@ template <class A> struct Strip {
     cut = c.take<Short<A>>(t.strip / kLanes<A>);
     groups = c.take<Group>(t.strip);
     group_begin = c.take<int>(t.strip / kLanes<A> + 1);
-    scratch = keys ? c.take<int>(2 * t.columns) : nullptr;
+    seen_from = keys ? c.take<int>(t.columns) : nullptr;
+    seen_to = keys ? c.take<int>(t.columns) : nullptr;
   }
 
-  void fill(const Tiling& t, int64_t begin, int64_t end, int most, int most_keys) {
+  void fill(const Tiling& t, int64_t begin, int64_t end, int most) {
     constexpr int W = kLanes<A>;
     const PlacedAxis& inner = t.axis[2];
     queries = int(end - begin);
@@ -230,30 +230,22 @@ template <class A> struct Strip {
     for (int c = 0; c * t.chunk < vectors; ++c) {
       group_begin[c] = at;
       const int from = int(c * t.chunk * W), stop = int(smaller((c + 1) * t.chunk * W, queries));
-      at += make_groups(first, last, from, stop, most, groups + at);
+      for_groups(first, last, from, stop, most, [&](const Group& g) { groups[at++] = g; });
       group_begin[c + 1] = at;
     }
-    if (key_groups) fill_key_groups(t, most_keys);
+  }
+  // Calls visit(group) for groups of the keys that queries [from, stop) see; bands are relative to `from`.
+  template <class Visit> void for_key_groups(int from, int stop, int most, const Visit& visit) const {
+    const int begin = first[from], end = last[stop - 1];
+    for (int column = begin, low = from, high = from; column < end; ++column) {
+      while (low < stop && last[low] <= column) ++low;
+      while (high < stop && first[high] <= column) ++high;
+      seen_from[column] = low - from, seen_to[column] = high - from;
+    }
+    for_groups(seen_from, seen_to, begin, end, most, visit);
   }
 
  private:
-  // For each chunk, the queries of it that see a key: places relative to the chunk.
-  void fill_key_groups(const Tiling& t, int most) {
-    int at = 0;
-    for (int c = 0, from = 0; from < queries; ++c, from += int(t.chunk) * kLanes<A>) {
-      const int stop = int(smaller(from + t.chunk * kLanes<A>, queries)), column_end = last[stop - 1];
-      int* const begin = scratch;
-      int* const end = scratch + columns;
-      for (int column = first[from], low = from, high = from; column < column_end; ++column) {
-        while (low < stop && last[low] <= column) ++low;
-        while (high < stop && first[high] <= column) ++high;
-        begin[column] = low - from, end[column] = high - from;
-      }
-      key_group_begin[c] = at;
-      at += make_groups(begin, end, first[from], column_end, most, key_groups + at);
-      key_group_begin[c + 1] = at;
-    }
-  }
   void finish_vector(int vector, int kernel, const int* first_of, const int* count_of, const int* offset_of) {
     map[vector] = make_map<A>(first_of);
     bias[vector] = make_map<A>(offset_of);
@@ -264,6 +256,18 @@ template <class A> struct Strip {
     }
   }
 };
+
+// The largest tiles whose scratch stays within `limit`, or the smallest ones.
+template <class Pass, class A> inline Tiling fit_tiling(const Problem& p, TilingOptions options, int64_t limit) {
+  const int64_t sizes[][2] = {{options.strip, kRows}, {64, kRows}, {32, kRows}, {16, kRows}, {16, 2}, {16, 1}};
+  Tiling t;
+  for (const auto& size : sizes) {
+    options.strip = size[0], options.rows = size[1];
+    t = make_tiling<A>(p, options);
+    if (Pass(p, t, nullptr).bytes <= limit) break;
+  }
+  return t;
+}
 
 }  // namespace
 }  // namespace natten
