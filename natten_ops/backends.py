@@ -59,7 +59,9 @@ class Backend(NamedTuple):
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             reasons.append(f"takes {names}, not {str(problem.dtype).removeprefix('torch.')}")
         if self.positive_scale and not problem.scale > 0:
-            reasons.append(f"takes positive scales, not {problem.scale}: the softmax orders scores before it scales them")
+            reasons.append(
+                f"takes positive scales, not {problem.scale}: the softmax orders scores before it scales them"
+            )
         if self.max_tile_bytes is not None and problem.head_dim == 0:
             reasons.append("takes head dims of at least 1")
         if self.max_tile_bytes is not None and problem.tile_bytes > self.max_tile_bytes:
@@ -107,6 +109,8 @@ BACKENDS = (
         note="plain torch, slow, gathers every window; only when named",
     ),
 )
+
+
 def describe(inputs: Sequence[Tensor | None], params: NAParams, box: Box | None, scale: float | None) -> Problem:
     """Everything that the choice depends on; `inputs` in the order of `reference.Inputs`, on any device."""
     query, _, value, *_ = inputs

@@ -259,7 +259,9 @@ def _unknown_argument(function: str, name: str) -> str:
     return f"{text}; see help(natten_ops.{function})"
 
 
-def _backend_number(inputs: Inputs, params: NAParams, box: Box | None, scale: float | None, name: str | None) -> int | None:
+def _backend_number(
+    inputs: Inputs, params: NAParams, box: Box | None, scale: float | None, name: str | None
+) -> int | None:
     """The op's backend id: 0 where the kernels choose, None for the reference, which is no kernel."""
     problem = backends.Problem(inputs.query.device.type, inputs.query.dtype)
     real = problem.device != "meta" and not isinstance(inputs.query, torch._subclasses.FakeTensor)
@@ -269,7 +271,8 @@ def _backend_number(inputs: Inputs, params: NAParams, box: Box | None, scale: fl
             problem = backends.describe(inputs, params, box, scale)
         return backends.require(name, problem).id
     if real or (compiling and not torch.compiler.is_exporting()):  # compiling for this process, not for another one
-        chosen = backends.choose(problem)
-        if not compiling:  # a logger's call would break the graph
+        backends.choose(problem)
+        if not compiling and _log.isEnabledFor(logging.DEBUG):  # a logger's call would break the graph
+            chosen = backends.choose(backends.describe(inputs, params, box, scale))
             _log.debug("%s runs %s", chosen.name, problem)
     return 0

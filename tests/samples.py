@@ -105,9 +105,9 @@ class Problem:
         return Inputs(query, key, value, *extras)
 
 
-def run(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
+def run(inputs: Inputs, problem: Problem, backend: int = 0) -> tuple[Tensor, Tensor]:
     """out and lse of the primitive."""
-    return fused._call_forward(problem.settings(), inputs)
+    return fused._call_forward(problem.settings()._replace(backend=backend), inputs)
 
 
 def differentiable(inputs: Inputs) -> list[Tensor]:

@@ -41,7 +41,8 @@ def test_facts_are_true(backend, dtype):
 
 
 def test_choice_takes_the_first_without_a_reason():
-    assert backends.choose(backends.Problem("cpu", torch.float32)).name == "cpu-general"
+    assert backends.choose(backends.Problem("cpu", torch.float32)).name == "cpu-tiled"
+    assert backends.choose(backends.Problem("cpu", torch.float32, scale=-1.0)).name == "cpu-general"
     with pytest.raises(ValueError) as error:
         backends.choose(backends.Problem("xpu", torch.float32))
     for part in ("xpu", "cpu-general: runs on cpu tensors", 'backend="reference"'):

@@ -179,7 +179,7 @@ def test_debug_logging_breaks_no_graph(caplog):
         block = Block()
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close(compiled, block(x))
-    assert "cpu-general runs float32 tensors on cpu" in caplog.text
+    assert "cpu-tiled runs float32 tensors on cpu" in caplog.text
 
 
 def test_mistakes_are_found_while_tracing_and_do_no_harm():

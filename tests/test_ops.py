@@ -11,37 +11,41 @@ from hypothesis import given, settings
 from samples import DTYPES, EMPTY, NAMED, Problem, differentiable, expected, in_double, problems, run, with_tensors
 
 import natten_ops
-from natten_ops import reference
+from natten_ops import backends, reference
 
+GENERAL = backends.by_name("cpu-general").id
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # two ulps at 1
 
 
-def gradients(inputs, problem, grad_out, grad_lse):
+def gradients(inputs, problem, grad_out, grad_lse, backend=0):
     """Gradients of the op for every differentiable input."""
     leaves = [t.detach().requires_grad_() for t in differentiable(inputs)]
-    outputs = run(with_tensors(inputs, leaves), problem)
+    outputs = run(with_tensors(inputs, leaves), problem, backend)
     alive = torch.isfinite(outputs[1].detach())
     return torch.autograd.grad(outputs, leaves, [grad_out, grad_lse * alive])
 
 
 def compare(problem, dtype, seed=0):
-    """Outputs and gradients within twice the error of torch's own op in the same dtype (and two ulps)."""
+    """Outputs and gradients of the chosen and of the general kernels, within twice the error of torch's own op."""
     inputs = problem.make(dtype, seed)
-    out, lse = run(inputs, problem)
-    assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     want, want_lse = expected(inputs, problem)
     generator = torch.Generator().manual_seed(seed + 1)
-    grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
+    grad_out = torch.randn(want.shape, generator=generator, dtype=torch.float64).to(dtype)
     torch_out, torch_grads = errors_of_torch(inputs, problem, grad_out)
+    exact = reference.backward(grad_out.double(), None, in_double(inputs), *problem.geometry(), problem.scale)
     # The yardstick itself is off by chance on a handful of numbers, hence the floor of a few ulps of the result.
     floor = FLOOR[dtype]
-    assert worst(out, want) <= 2 * torch_out + floor * max(1.0, want.abs().max().item() if want.numel() else 0)
-    torch.testing.assert_close(lse.double(), want_lse, atol=floor * 10 if dtype == torch.float64 else 1e-5, rtol=1e-5)
-    exact = reference.backward(grad_out.double(), None, in_double(inputs), *problem.geometry(), problem.scale)
-    have = gradients(inputs, problem, grad_out, torch.zeros_like(lse))
-    for gradient, truth, error in zip(have, differentiable(exact), torch_grads):
-        scale = max(1.0, truth.abs().max().item() if truth.numel() else 0)
-        assert worst(gradient, truth) <= 2 * error + 2 * floor * scale
+    for backend in (0, GENERAL):
+        out, lse = run(inputs, problem, backend)
+        assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert worst(out, want) <= 2 * torch_out + floor * max(1.0, want.abs().max().item() if want.numel() else 0)
+        torch.testing.assert_close(
+            lse.double(), want_lse, atol=floor * 10 if dtype == torch.float64 else 1e-5, rtol=1e-5
+        )
+        have = gradients(inputs, problem, grad_out, torch.zeros_like(lse), backend)
+        for gradient, truth, error in zip(have, differentiable(exact), torch_grads):
+            scale = max(1.0, truth.abs().max().item() if truth.numel() else 0)
+            assert worst(gradient, truth) <= 2 * error + 2 * floor * scale
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,7 +241,7 @@ def test_a_row_that_sees_nothing_is_zero_beside_a_nan_value():
 
 
 def test_scratch_of_a_thread_is_small_whatever_the_image():
-    """Under 1 MB a thread; the function takes no sizes because the scratch does not depend on them."""
+    """The general path: the function takes no sizes because the scratch does not depend on them."""
     assert torch.ops.natten._cpu_scratch_bytes(32, 32) < 2**17
     assert torch.ops.natten._cpu_scratch_bytes(300, 300) < 2**20
 

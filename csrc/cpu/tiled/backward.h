@@ -171,10 +171,11 @@ template <class T> struct Backward {
   }
   void pack(const Owner& owner, int64_t head, const BlockRow* rows, int count, int from, int to) {
     const int tokens = int(smaller(to * W, strip.queries)) - from * W;
-    pack_queries<T>(p.query, owner, head, rows, count, strip, t, from, to, p.head_dim, keys.score_dim, queries[0]);
-    if (p.grad_out.data) pack_queries<T>(p.grad_out, owner, head, rows, count, strip, t, from, to, p.value_dim, p.value_dim, gradients[0]);
+    pack_queries<T>(p, p.query, owner, head, rows, count, strip, t, from, to, p.head_dim, keys.score_dim, queries[0]);
+    if (p.grad_out.data) pack_queries<T>(p, p.grad_out, owner, head, rows, count, strip, t, from, to, p.value_dim, p.value_dim, gradients[0]);
     for (int r = 0; r < count; ++r) {
       const int64_t z = rows[r].z, y = rows[r].y, *token = strip.query_token + from * W;
+      if (p.grad_query.data) prefetch_to_write(row_of<T>(p.grad_query, owner.batch, head, z, y), token, tokens, p.grad_query.token[2], p.head_dim);
       if (p.grad_key.data || additional[0])
         pack_dense(tokens_of<T>(p.query, owner.batch, head, z, y, token, y), tokens, p.head_dim, queries[1] + r * t.chunk * W * keys.key.pitch, keys.key.pitch);
       if ((p.grad_value.data || additional[1]) && p.grad_out.data)

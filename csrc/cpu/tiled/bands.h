@@ -59,29 +59,23 @@ template <class Visit> inline void for_groups(const int* first, const int* last,
 // The same outputs, all of which use the rows [0, rows).
 inline Group flat_group(const Group& group, int rows) { return {group.first, group.count, false, 1, {{0, short(rows), 0, short(group.count)}}}; }
 
-// Coefficients of outputs that are queries: a pointer for each, one vector of lanes a slot.
+// Coefficients of outputs that are queries: a pointer for each, one vector of lanes a slot. `slots` is the visit's.
 template <class A> struct ByQuery {
   const A* at[kMaxOutputs];
-  template <int N> NATTEN_INLINE ByQuery moved(int64_t slots) const {
-    ByQuery there;
-    for (int n = 0; n < N; ++n) there.at[n] = at[n] + slots * kLanes<A>;
-    return there;
-  }
-  NATTEN_INLINE A operator()(int n, int64_t t) const { return at[n][t * kLanes<A>]; }
+  NATTEN_INLINE A operator()(int n, int64_t slots, int64_t t) const { return at[n][(slots + t) * kLanes<A>]; }
 };
 // Of outputs that are keys: the slot of a key moves back by one with each output; `place` holds where each query's are.
 template <class A> struct ByKey {
   const A* at;
   const int* place;
-  template <int> NATTEN_INLINE ByKey moved(int64_t slots) const { return {at + slots * kLanes<A>, place}; }
-  NATTEN_INLINE A operator()(int n, int64_t t) const { return at[place[t] + n * kLanes<A>]; }
+  NATTEN_INLINE A operator()(int n, int64_t slots, int64_t t) const { return at[place[t] + (slots + n) * kLanes<A>]; }
 };
 
 template <int C, int LOW, int HIGH, class A, int N, class Coefficient>
-NATTEN_INLINE void add_row(Vector<A> (&sum)[N][C], const Coefficient& coefficient, int64_t t, const A* row) {
+NATTEN_INLINE void add_row(Vector<A> (&sum)[N][C], const Coefficient& coefficient, int64_t slots, int64_t t, const A* row) {
   Vector<A> b[N];
 #pragma GCC unroll 16
-  for (int n = LOW; n < HIGH; ++n) b[n] = splat(coefficient(n, t));
+  for (int n = LOW; n < HIGH; ++n) b[n] = splat(coefficient(n, slots, t));
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) {
     const Vector<A> v = load(row + c * kLanes<A>);
@@ -90,28 +84,31 @@ NATTEN_INLINE void add_row(Vector<A> (&sum)[N][C], const Coefficient& coefficien
   }
 }
 template <int I, int N, int C, class A, class Coefficient>
-NATTEN_INLINE void ramp_up(Vector<A> (&sum)[N][C], const Coefficient& coefficient, int64_t t, const A* row, int64_t pitch) {
+NATTEN_INLINE void ramp_up(Vector<A> (&sum)[N][C], const Coefficient& coefficient, int64_t slots, int64_t t,
+                          const A* row, int64_t pitch) {
   if constexpr (I < N) {
-    add_row<C, 0, I>(sum, coefficient, t, row);
-    ramp_up<I + 1>(sum, coefficient, t + 1, row + pitch, pitch);
+    add_row<C, 0, I>(sum, coefficient, slots, t, row);
+    ramp_up<I + 1>(sum, coefficient, slots, t + 1, row + pitch, pitch);
   }
 }
 template <int I, int N, int C, class A, class Coefficient>
-NATTEN_INLINE void ramp_down(Vector<A> (&sum)[N][C], const Coefficient& coefficient, int64_t t, const A* row, int64_t pitch) {
+NATTEN_INLINE void ramp_down(Vector<A> (&sum)[N][C], const Coefficient& coefficient, int64_t slots, int64_t t,
+                          const A* row, int64_t pitch) {
   if constexpr (I < N) {
-    add_row<C, I, N>(sum, coefficient, t, row);
-    ramp_down<I + 1>(sum, coefficient, t + 1, row + pitch, pitch);
+    add_row<C, I, N>(sum, coefficient, slots, t, row);
+    ramp_down<I + 1>(sum, coefficient, slots, t + 1, row + pitch, pitch);
   }
 }
 template <int I, int N, int C, class A, class Coefficient>
-NATTEN_INLINE void add_run(Vector<A> (&sum)[N][C], const Coefficient& coefficient, const A* rows, int64_t pitch, const Run& run) {
+NATTEN_INLINE void add_run(Vector<A> (&sum)[N][C], const Coefficient& coefficient, int64_t slots, const A* rows, int64_t pitch,
+                           const Run& run) {
   if constexpr (I > 0) {  // all first: the longest run
     if (run.low == 0 && run.high == I) {
-      for (int64_t t = run.begin; t < run.end; ++t) add_row<C, 0, I>(sum, coefficient, t, rows + t * pitch);
+      for (int64_t t = run.begin; t < run.end; ++t) add_row<C, 0, I>(sum, coefficient, slots, t, rows + t * pitch);
     } else if (I < N && run.low == I) {
-      for (int64_t t = run.begin; t < run.end; ++t) add_row<C, (I < N ? I : 0), N>(sum, coefficient, t, rows + t * pitch);
+      for (int64_t t = run.begin; t < run.end; ++t) add_row<C, (I < N ? I : 0), N>(sum, coefficient, slots, t, rows + t * pitch);
     } else {
-      add_run<I - 1>(sum, coefficient, rows, pitch, run);
+      add_run<I - 1>(sum, coefficient, slots, rows, pitch, run);
     }
   }
 }
@@ -131,6 +128,8 @@ template <class A> struct Band {
   bool add;         // to what `out` holds
 };
 
+// Columns [offset, offset + C * W) of every row. The pointers stay where they are: an array of moved ones would be stored
+// one by one and loaded as vectors, which waits for all stores before it, also those of outputs that miss the cache.
 template <class A, int N, int C, bool DIAGONAL, class Coefficient>
 void sum_band(const Band<A>& band, const Coefficient& coefficient, int64_t offset) {
   constexpr int W = kLanes<A>;
@@ -138,24 +137,24 @@ void sum_band(const Band<A>& band, const Coefficient& coefficient, int64_t offse
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) sum[n][c] = band.add ? load(band.out[n] + c * W) : Vector<A>{};
+    for (int c = 0; c < C; ++c) sum[n][c] = band.add ? load(band.out[n] + offset + c * W) : Vector<A>{};
   const Group& g = band.group;
   for (int v = 0; v < band.visit_count; ++v) {
-    const Coefficient here = coefficient.template moved<N>(band.visits[v].slots);
+    const int64_t slots = band.visits[v].slots;
     const A* rows = band.visits[v].rows + offset;
     if constexpr (DIAGONAL) {
       const int begin = g.run[0].begin, end = g.run[N - 1].end;
-      ramp_up<1>(sum, here, begin, rows + begin * band.pitch, band.pitch);
-      for (int64_t t = begin + N - 1; t < end; ++t) add_row<C, 0, N>(sum, here, t, rows + t * band.pitch);
-      ramp_down<1>(sum, here, end, rows + end * band.pitch, band.pitch);
+      ramp_up<1>(sum, coefficient, slots, begin, rows + begin * band.pitch, band.pitch);
+      for (int64_t t = begin + N - 1; t < end; ++t) add_row<C, 0, N>(sum, coefficient, slots, t, rows + t * band.pitch);
+      ramp_down<1>(sum, coefficient, slots, end, rows + end * band.pitch, band.pitch);
     } else {
-      for (int i = 0; i < g.runs; ++i) add_run<N>(sum, here, rows, band.pitch, g.run[i]);
+      for (int i = 0; i < g.runs; ++i) add_run<N>(sum, coefficient, slots, rows, band.pitch, g.run[i]);
     }
   }
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(band.out[n] + c * W, band.factor ? sum[n][c] * band.factor[n] : sum[n][c]);
+    for (int c = 0; c < C; ++c) store(band.out[n] + offset + c * W, band.factor ? sum[n][c] * band.factor[n] : sum[n][c]);
 }
 
 template <class A, class Coefficient> using SumBand = void (*)(const Band<A>&, const Coefficient&, int64_t);

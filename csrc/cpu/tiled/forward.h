@@ -60,7 +60,10 @@ template <class T> struct Forward {
   void attend(const Owner& owner, int64_t head, const BlockRow* rows, int count) {
     for (int chunk = 0, from = 0; from < strip.vectors; ++chunk, from += int(t.chunk)) {
       const int to = int(smaller(from + t.chunk, strip.vectors));
-      pack_queries<T>(p.query, owner, head, rows, count, strip, t, from, to, p.head_dim, keys.score_dim, queries);
+      for (int r = 0; r < count; ++r)
+        prefetch_to_write(row_of<T>(p.out, owner.batch, head, rows[r].z, rows[r].y), strip.query_token + from * W,
+                          int(smaller(to * W, strip.queries)) - from * W, p.out.token[2], p.value_dim);
+      pack_queries<T>(p, p.query, owner, head, rows, count, strip, t, from, to, p.head_dim, keys.score_dim, queries);
       const Products<A> products{queries, keys.key.ring[0], keys.score_dim, keys.key.size[0], scores};
       score_chunk(products, t, keys.ring, strip, rows, count, from, to);
       if (p.additional)

@@ -64,12 +64,12 @@ template <class T> NATTEN_INLINE TokenRow<T> tokens_of(const Rows& rows, int64_t
 
 // Rows of queries (or of gradients) of one chunk: [row][vector][dim][W]; elements past the tensor's are 1.
 template <class T, class A = Accumulate<T>>
-inline void pack_queries(const Rows& tensor, const Owner& owner, int64_t head, const BlockRow* rows, int count, const Strip<A>& strip,
+inline void pack_queries(const Problem& p, const Rows& tensor, const Owner& owner, int64_t head, const BlockRow* rows, int count, const Strip<A>& strip,
                          const Tiling& t, int from, int to, int64_t dim, int64_t score_dim, A* out) {
   constexpr int W = kLanes<A>;
   const int tokens = int(smaller(to * W, strip.queries)) - from * W;
   for (int r = 0; r < count; ++r, out += t.chunk * score_dim * W) {
-    const int64_t next = r + 1 < count ? rows[r + 1].y : rows[r].y;
+    const int64_t next = smaller(rows[r].y + (count > 1 ? count * (rows[1].y - rows[0].y) : 1), p.q_shape[1] - 1);  // the next block's
     pack_transposed(tokens_of<T>(tensor, owner.batch, head, rows[r].z, rows[r].y, strip.query_token + from * W, next), tokens, dim,
                     out, W, score_dim * W);
     for (int v = 0; v < to - from; ++v)
@@ -281,12 +281,9 @@ template <class A, class Coefficient>
 inline void sum_columns(const Group& group, const Coefficient& coefficient, const Visit<A>* visits, int count, int64_t pitch,
                         A* const* out, const A* factor, bool add) {
   const int all = int(pitch / kLanes<A>);
-  A* here[kMaxOutputs];
-  for (int c = 0; c < all; c += kMaxColumns) {
-    const int columns = columns_per_call(all - c);
-    for (int n = 0; n < group.count; ++n) here[n] = out[n] + c * kLanes<A>;
-    pick_sum_band<A, Coefficient>(columns, group.count, group.diagonal)({group, visits, count, pitch, here, factor, add}, coefficient, c * kLanes<A>);
-  }
+  const Band<A> band{group, visits, count, pitch, out, factor, add};
+  for (int c = 0; c < all; c += kMaxColumns)
+    pick_sum_band<A, Coefficient>(columns_per_call(all - c), group.count, group.diagonal)(band, coefficient, c * kLanes<A>);
 }
 // One row of sums to the output's type.
 template <class T, class A = Accumulate<T>> inline void write_row(const A* sums, T* out, int64_t dim) {

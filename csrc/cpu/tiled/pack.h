@@ -20,6 +20,12 @@ template <class T> struct TokenRow {
   }
 };
 
+// Tokens that will be written (or added to) soon: at 448x448 a row of the output is in no cache before it is stored.
+template <class T> inline void prefetch_to_write(T* base, const int64_t* token, int count, int64_t stride, int64_t dim) {
+  for (int i = 0; i < count; ++i)
+    for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(base + token[i] * stride + d, 1);
+}
+
 // out[d * pitch + i] = element d of token i, for i < count; up to a whole vector the last token is repeated.
 template <class T, class A>
 __attribute__((noinline)) void pack_transposed(const TokenRow<T>& row, int count, int64_t dim, A* out, int64_t pitch, int64_t block) {

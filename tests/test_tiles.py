@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""Tiles: problems of more than one strip, range or chunk, against the general kernels, which know no tiles."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from samples import DTYPES, NAMED, Problem, differentiable, expected, problems, run, with_tensors
+
+from natten_ops import backends
+
+TILED, GENERAL = (backends.by_name(name).id for name in ("cpu-tiled", "cpu-general"))
+
+LARGE = {
+    "strips": Problem((3, 300), (2, 7), batch=1),
+    "strips_of_groups": Problem((2, 290), (1, 5), dilation=(1, 37), heads=4, group=2),
+    "strips_that_share_keys": Problem((700,), (300,), batch=1, heads=1, head_dim=4),
+    "causal_strips": Problem((400,), (130,), is_causal=(True,), batch=1, additional=3, mask=True),
+    "ranges": Problem((150, 20), (5, 3), dilation=(2, 1), batch=1, rpb=True),
+    "strided_ranges": Problem((130, 140), (6, 4), stride=(4, 3), is_causal=(True, False), batch=1, heads=1),
+    "colours": Problem((60, 280), (3, 5), batch=1, heads=1, head_dim=17, value_dim=40, additional=19, mask=True),
+    "planes": Problem((6, 40, 50), (3, 4, 5), dilation=(2, 1, 1), is_causal=(False, True, False), batch=1, rpb=True),
+    "turned": Problem((200, 6), (9, 3), dilation=(3, 2), rpb=True, mask=True, value_dim=5),
+    "turned_volume": Problem((90, 4, 7), (5, 2, 3), stride=(2, 1, 3), batch=1),
+    "large_window": Problem((40, 44), (31, 29), head_dim=16, batch=1, heads=1),
+    "box": Problem((90, 300), (5, 7), dilation=(4, 3), box=((11, 20), (70, 210)), mask=True, batch=1),
+    "wide_heads": Problem((9, 20), (3, 5), head_dim=130, value_dim=80),
+}
+
+
+def everything(problem, backend, dtype=torch.float64):
+    """out, lse and all gradients."""
+    inputs = problem.make(dtype)
+    leaves = [t.detach().requires_grad_() for t in differentiable(inputs)]
+    out, lse = run(with_tensors(inputs, leaves), problem, backend)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in (out, lse)]
+    return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, grads)]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_tiles_equal_the_general_kernels(name):
+    for have, want in zip(everything(LARGE[name], TILED), everything(LARGE[name], GENERAL)):
+        torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-11)
+
+
+@given(problem=problems())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_problem_equals_the_general_kernels(problem):
+    tile = backends.describe(problem.make(torch.float64), *problem.geometry(), problem.scale)
+    if not backends.by_name("cpu-tiled").why_not(tile):
+        for have, want in zip(everything(problem, TILED), everything(problem, GENERAL)):
+            torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "volume", "one_dim"])
+@pytest.mark.parametrize("level", ["default", "avx2"])
+def test_every_instruction_set_gives_the_same_numbers(level, name):
+    """A lower instruction set in a process of its own, against this process."""
+    program = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_tiles as t\n"
+        "torch.save([t.everything(t.NAMED[sys.argv[2]], t.TILED, d) for d in t.DTYPES], sys.argv[3])"
+    )
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"natten_ops_{level}_{name}_{os.getpid()}.pt")
+    environment = {**os.environ, "NATTEN_OPS_CPU_CAPABILITY": level}
+    subprocess.run([sys.executable, "-c", program, here, name, path], env=environment, check=True, timeout=300)
+    try:
+        there = torch.load(path)
+    finally:
+        os.remove(path)
+    for dtype, results in zip(DTYPES, there):
+        for have, want in zip(results, everything(NAMED[name], TILED, dtype)):
+            torch.testing.assert_close(have, want)
+
+
+def test_scratch_does_not_grow_with_the_image():
+    def tile(length, dtype=torch.float32):
+        tensor = torch.empty((), dtype=dtype).expand(1, length, length, 2, 64)
+        problem = Problem((length, length), (7, 7))
+        return backends.describe([tensor] * 3 + [None] * 4, *problem.geometry(), None).tile_bytes
+
+    for dtype in DTYPES:
+        sizes = [tile(length, dtype) for length in (256, 512, 4096, 30_000)]
+        assert max(sizes) <= 1.1 * min(sizes) and max(sizes) <= 2 << 20
+
+
+def test_named_tiles_never_fall_back():
+    """What the tiled kernels do not take raises with the reason, in the op and in Python; unnamed it runs."""
+    too_large = Problem((70, 70), (65, 65), head_dim=64, batch=1, heads=1)
+    for problem, word in ((Problem((7,), (3,), scale=-1.0), "positive scales"), (too_large, "the window is too large")):
+        inputs = problem.make(torch.float32)
+        with pytest.raises(RuntimeError, match="backend=2 .cpu-tiled. cannot run this problem"):
+            run(inputs, problem, TILED)
+        described = backends.describe(inputs, *problem.geometry(), problem.scale)
+        with pytest.raises(ValueError, match=word):
+            backends.require("cpu-tiled", described)
+        assert backends.choose(described).name == "cpu-general"
+        assert torch.equal(run(inputs, problem)[0], run(inputs, problem, GENERAL)[0])
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_python_and_the_library_choose_alike(name):
+    inputs = NAMED[name].make(torch.float32)
+    chosen = backends.choose(backends.describe(inputs, *NAMED[name].geometry(), NAMED[name].scale))
+    assert torch.equal(run(inputs, NAMED[name])[1], run(inputs, NAMED[name], chosen.id)[1])
+
+
+@pytest.mark.parametrize("backend", [TILED, GENERAL])
+def test_tiny_and_huge_numbers(backend):
+    """Denormal inputs, logits of 1e4 and rows of -inf bias."""
+    problem = Problem((6, 40), (3, 7), batch=1, rpb=True)
+    inputs = problem.make(torch.float32)
+    for factor in (1e-40, 1e2):
+        scaled = inputs._replace(query=inputs.query * factor, key=inputs.key * factor)
+        have, want = run(scaled, problem, backend), expected(scaled, problem)
+        torch.testing.assert_close(have[0].double(), want[0], atol=2e-3 if factor > 1 else 1e-5, rtol=1e-3)
+        torch.testing.assert_close(have[1].double(), want[1], atol=1e-4, rtol=1e-5)
+    inputs.rpb[0, 2] = -torch.inf
+    for have, want in zip(run(inputs, problem, backend), expected(inputs, problem)):
+        torch.testing.assert_close(have.double(), want, atol=1e-5, rtol=1e-5)
