@@ -36,7 +36,8 @@ lint: $(ready)
 	$(PY) -m mypy natten_ops lowerings
 
 bench: build
-	$(PY) bench/run.py
+	$(PY) bench/run.py --out bench/results/cpu.csv
+	$(PY) bench/compare.py bench/results/cpu.csv --report docs/benchmarks.md
 
 build: $(ready)
 	$(pip) install -q --no-deps --no-build-isolation -e .

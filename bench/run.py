@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Times the cases, contenders interleaved in one process, and writes CSV rows; ratios are what counts.
 
-python bench/run.py                      every case
-python bench/run.py headline scaling     the cases whose names begin with a word
+python bench/run.py                                    every case of the CPU suite
+python bench/run.py headline scaling                   the cases whose names begin with a word
+python bench/run.py --suite smoke --out rows.csv       two cases, to a file
 """
 
 from __future__ import annotations
@@ -19,30 +20,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, SCALING, SGEMM_FLOPS, Case, check, forward_contenders, natten, sgemm, training_contenders
-
-from natten_ops import flops
+from cases import SCALING, SUITES, Case
+from contenders import SGEMM_FLOPS, calls, check, contenders, ours, sgemm
 
 FIELDS = (
     "case", "backend", "pass", "p20_ms", "p50_ms", "p80_ms", "bytes", "flops", "of_sgemm", "times_natten_ops",
     "threads", "device", "torch", "commit",
 )  # fmt: skip
-_ALL = (True, True, True, False, False, False)
+# A contender runs for this long at a time: after another one the machine needs some 10 ms to reach its speed again.
+BLOCK_SECONDS = 0.025
 
 
-def interleave(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender, one after the other in every round, the first round dropped.
-
-    Each timed call follows an untimed one of its own: the caches are warm with its data, not with its neighbour's.
-    """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        for name, function in contenders.items():
+def interleave(
+    functions: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Milliseconds of a call of each contender, in blocks of calls, one block of each in every round."""
+    repeats: dict[str, int] = {}
+    for name, function in functions.items():
+        for _ in range(2):  # the second call tells: the first compiles
+            start = clock()
             function()
-            start = time.perf_counter()
-            function()
-            if number:
-                times[name].append(1e3 * (time.perf_counter() - start))
+            once = clock() - start
+        repeats[name] = max(1, round(BLOCK_SECONDS / max(once, 1e-6)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = clock()
+            for _ in range(repeats[name]):
+                function()
+            times[name].append(1e3 * (clock() - start) / repeats[name])
     return times
 
 
@@ -51,8 +57,9 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator))
 
 
-def rows_of(case: Case, kind: str, times: dict[str, list[float]], work: float, commit: str) -> Iterator[dict[str, Any]]:
-    tensor = 4 * case.tensors()[0].nbytes * (1 if kind == "forward" else 2)
+def rows_of(case: Case, kind: str, times: dict[str, list[float]], commit: str) -> Iterator[dict[str, Any]]:
+    inputs, work = case.inputs(), case.work(kind)
+    tensors = sum(t.nbytes for t in inputs[:3]) + inputs.query.nbytes
     for name, milliseconds in times.items():
         if name == "sgemm":
             continue
@@ -64,8 +71,8 @@ def rows_of(case: Case, kind: str, times: dict[str, list[float]], work: float, c
             "p20_ms": f"{low:.3f}",
             "p50_ms": f"{middle:.3f}",
             "p80_ms": f"{high:.3f}",
-            "bytes": tensor,
-            "flops": int(work),
+            "bytes": tensors * (1 if kind == "forward" else 2),
+            "flops": work,
             "of_sgemm": f"{median_ratio(times['sgemm'], milliseconds) * work / SGEMM_FLOPS:.3f}",
             "times_natten_ops": f"{median_ratio(milliseconds, times['natten_ops']):.2f}",
             "threads": torch.get_num_threads(),
@@ -75,35 +82,32 @@ def rows_of(case: Case, kind: str, times: dict[str, list[float]], work: float, c
         }
 
 
-def time_case(case: Case, kinds: list[str], rounds: int, commit: str) -> Iterator[dict[str, Any]]:
-    tensors = case.tensors()
-    shape = tensors[0].shape
-    forward = flops.forward_flops(shape, shape, case.params)
-    for kind in kinds:
-        work = forward if kind == "forward" else 3.5 * forward
-        make = forward_contenders if kind == "forward" else training_contenders
+def time_case(case: Case, options: argparse.Namespace, commit: str) -> Iterator[dict[str, Any]]:
+    inputs = case.inputs()
+    clock = time.thread_time if options.clock == "thread" else time.perf_counter
+    for kind in options.passes:
+        found = contenders(case, inputs, kind, not options.ours)
         if kind == "forward":
-            check(case, tensors, make(case, tensors))
-        contenders = {**make(case, tensors), "sgemm": sgemm}
-        yield from rows_of(case, kind, interleave(contenders, rounds), work, commit)
+            check(case, inputs, found)
+        functions = {**calls(case, kind, found, inputs), "sgemm": sgemm}
+        yield from rows_of(case, kind, interleave(functions, options.rounds, clock), commit)
 
 
 # An output above 32 MB comes from fresh pages at every call: 185 ns a pixel at 448x448 (measured with torch.empty and
-# fill_), a fifth of the call. That is the allocator's cost, not the kernel's, so the scaling rows keep pages.
+# fill_), a fifth of the call. That is the allocator's cost, not the kernel's, so large outputs keep their pages.
 KEEP_PAGES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 
 
 def scaling(rounds: int) -> Iterator[str]:
     """Cost of a pixel at each size over that of the smallest, all sizes interleaved."""
-    contenders = {}
+    functions = {}
     for case in SCALING:
-        tensors = case.tensors()
-        contenders[case.name] = lambda case=case, tensors=tensors: natten(case, *tensors)
-    times = interleave(contenders, rounds)
+        inputs = case.inputs()
+        functions[case.name] = lambda attention=ours(case, inputs, None), inputs=inputs: attention(*inputs[:3])
+    times = interleave(functions, rounds)
     smallest = SCALING[0]
     for case in SCALING:
-        pixels = (case.spatial[0] / smallest.spatial[0]) ** 2
-        ratio = median_ratio(times[case.name], times[smallest.name]) / pixels
+        ratio = median_ratio(times[case.name], times[smallest.name]) * smallest.tokens / case.tokens
         yield f"{case.name}: cost of a pixel {ratio:.3f} of that at {smallest.spatial[0]}x{smallest.spatial[1]}"
 
 
@@ -120,14 +124,23 @@ def current_commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="beginnings of case names; all if none")
-    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds a case")
+    parser.add_argument("--suite", choices=SUITES, default="cpu")
+    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds a case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=["wall", "thread"], default="wall", help="thread: CPU time, for one thread")
     parser.add_argument("--passes", nargs="*", default=["forward", "training"], choices=["forward", "training"])
+    parser.add_argument("--ours", action="store_true", help="our backends only")
     parser.add_argument("--out", type=Path, help="CSV file; the screen if absent")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if os.environ.get("GLIBC_TUNABLES") != KEEP_PAGES:  # read by the C library at start only
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": KEEP_PAGES})
     torch.set_num_threads(options.threads)
 
     def wanted(name: str) -> bool:
@@ -137,20 +150,15 @@ def main() -> None:
     stream = options.out.open("w", newline="") if options.out else sys.stdout
     writer = csv.DictWriter(stream, FIELDS)
     writer.writeheader()
-    for case in CASES:
-        if wanted(case.name):
-            for row in time_case(case, options.passes, options.rounds, commit):
-                writer.writerow(row)
-                stream.flush()
-    if wanted("scaling"):
-        if os.environ.get("GLIBC_TUNABLES") != KEEP_PAGES:  # read by the C library at start only
-            words = ["scaling", "--rounds", str(options.rounds), "--threads", str(options.threads)]
-            subprocess.run(
-                [sys.executable, __file__, *words], env={**os.environ, "GLIBC_TUNABLES": KEEP_PAGES}, check=True
-            )
-        else:
-            for line in scaling(max(5, options.rounds // 3)):
-                print(line)
+    cases = [case for case in SUITES[options.suite] if wanted(case.name)]
+    for number, case in enumerate(cases, start=1):
+        print(f"{number}/{len(cases)} {case.name}", file=sys.stderr)
+        for row in time_case(case, options, commit):
+            writer.writerow(row)
+            stream.flush()
+    if wanted("scaling") and options.cases:
+        for line in scaling(max(5, options.rounds // 3)):
+            print(line)
 
 
 if __name__ == "__main__":

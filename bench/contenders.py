@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""The ways of solving a case that are timed against each other, each with what it can do."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import Case
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import natten_ops
+from natten_ops import reference
+from natten_ops.geometry.masks import dense_mask, mask_mod
+from natten_ops.reference import Inputs
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+MANY_PAIRS = 3136**2  # tokens squared: masks of more are not built
+
+
+def ours(case: Case, inputs: Inputs, backend: str | None) -> Attention:
+    settings = (case.kernel_size, case.stride, case.dilation, case.is_causal)
+    more = {"rpb": inputs.rpb, "key_mask": inputs.key_mask, "backend": backend}
+    additional = {"additional_keys": inputs.additional_keys, "additional_values": inputs.additional_values}
+    return lambda q, k, v: natten_ops.neighborhood_attention(q, k, v, *settings, **additional, **more)
+
+
+def gather(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What people write without a library: windows by unfold, indexed by clamped starts, two einsums, softmax."""
+    windows = []
+    for tokens in (key, value):
+        for axis, kernel in enumerate(case.kernel_size, start=1):
+            length = case.spatial[axis - 1]
+            starts = (torch.arange(length) - kernel // 2).clamp(0, length - kernel)
+            tokens = tokens.unfold(axis, kernel, 1).index_select(axis, starts)
+        windows.append(tokens.flatten(-len(case.spatial)))
+    keys, values = windows
+    scores = torch.einsum("b...hd,b...hdk->b...hk", query, keys) * case.head_dim**-0.5
+    return torch.einsum("b...hk,b...hdk->b...hd", scores.softmax(-1), values)
+
+
+def _heads_first(case: Case, attention: Attention) -> Attention:
+    def run(*tensors: Tensor) -> Tensor:
+        out = attention(*(t.flatten(1, -3).transpose(1, 2) for t in tensors))
+        return out.transpose(1, 2).reshape(1, *case.spatial, case.heads, case.head_dim)
+
+    return run
+
+
+def masked_sdpa(case: Case) -> Attention:
+    mask = dense_mask(case.params, case.spatial, case.spatial)
+    return _heads_first(case, functools.partial(scaled_dot_product_attention, attn_mask=mask))
+
+
+def flex(case: Case) -> Attention:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    visible = mask_mod(case.params, case.spatial)
+    mask = create_block_mask(visible, None, None, case.tokens, case.tokens, device="cpu")
+    compiled = torch.compile(functools.partial(flex_attention, block_mask=mask), fullgraph=True)
+    return _heads_first(case, compiled)  # the views outside: torch 2.13 fails on views of 5-D inputs inside
+
+
+def original(case: Case) -> Attention:
+    """The natten package, where it is installed."""
+    import natten
+
+    function = getattr(natten, f"na{len(case.spatial)}d")
+    settings = {"stride": case.stride, "dilation": case.dilation, "is_causal": case.is_causal}
+    return lambda q, k, v: function(q, k, v, kernel_size=case.kernel_size, **settings)
+
+
+def contenders(case: Case, inputs: Inputs, kind: str, peers: bool) -> dict[str, Attention]:
+    """By name; `kind` is forward or training. Absent ones cannot do the case or would take minutes."""
+    found: dict[str, Attention] = {"natten_ops": ours(case, inputs, None), "cpu-general": ours(case, inputs, "cpu-general")}
+    if not peers or not case.plain:
+        return found
+    simple = case.stride == case.dilation == 1 and not case.is_causal and len(case.spatial) == 2
+    if simple and case.tokens <= 3136:
+        found["compiled_gather"] = torch.compile(functools.partial(gather, case), fullgraph=True)
+    small = case.tokens**2 <= MANY_PAIRS and case.dtype != torch.float64
+    if small:
+        found["masked_sdpa"] = masked_sdpa(case)
+        found["dense_sdpa"] = _heads_first(case, scaled_dot_product_attention)  # another function: a floor, not a peer
+    if small and kind == "forward":  # on CPU it has no backward
+        found["flex"] = flex(case)
+    if small and kind == "forward":
+        found["reference"] = lambda q, k, v: reference.forward(Inputs(q, k, v), case.params, None, None)[0]
+    if importlib.util.find_spec("natten"):
+        found["natten"] = original(case)
+    return found
+
+
+def check(case: Case, inputs: Inputs, found: dict[str, Attention]) -> None:
+    """No contender is timed before its numbers are right."""
+    if case.tokens > 3136:  # the reference gathers every window
+        want = ours(case, inputs, "cpu-general")(*inputs[:3]).double()
+    else:
+        doubles = (t if t is None or t.dtype == torch.bool else t.double() for t in inputs)
+        want, _ = reference.forward(Inputs(*doubles), case.params, None, None)
+    tolerance = 1e-4 if case.dtype in (torch.float32, torch.float64) else 3e-2
+    for name, attention in found.items():
+        error = (attention(*inputs[:3]).double() - want).abs().max().item()
+        assert name == "dense_sdpa" or error < tolerance, f"{case.name}: {name} is off by {error}"
+
+
+def calls(case: Case, kind: str, found: dict[str, Attention], inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """The timed calls: the forward alone, or with the gradients of query, key and value."""
+    if kind == "forward":
+        return {name: functools.partial(attention, *inputs[:3]) for name, attention in found.items()}
+    leaves = [t.detach().requires_grad_() for t in inputs[:3]]
+    grad = torch.randn_like(inputs.query)
+
+    def step(attention: Attention) -> Any:
+        return torch.autograd.grad(attention(*leaves), leaves, grad)
+
+    return {name: functools.partial(step, attention) for name, attention in found.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _matrices() -> tuple[Tensor, Tensor]:
+    return torch.randn(1024, 1024), torch.randn(1024, 1024)
+
+
+def sgemm() -> Tensor:
+    """The yardstick of the machine: 1024^3 in float32."""
+    left, right = _matrices()
+    return left @ right
+
+
+SGEMM_FLOPS = 2 * 1024**3
