@@ -61,7 +61,7 @@ def flex(case: Case) -> Attention:
 
     visible = mask_mod(case.params, case.spatial)
     mask = create_block_mask(visible, None, None, case.tokens, case.tokens, device="cpu")
-    compiled = torch.compile(functools.partial(flex_attention, block_mask=mask), fullgraph=True)
+    compiled = torch.compile(functools.partial(flex_attention, block_mask=mask), fullgraph=True, dynamic=False)
     return _heads_first(case, compiled)  # the views outside: torch 2.13 fails on views of 5-D inputs inside
 
 
@@ -81,7 +81,7 @@ def contenders(case: Case, inputs: Inputs, kind: str, peers: bool) -> dict[str, 
         return found
     simple = case.stride == case.dilation == 1 and not case.is_causal and len(case.spatial) == 2
     if simple and case.tokens <= 3136:
-        found["compiled_gather"] = torch.compile(functools.partial(gather, case), fullgraph=True)
+        found["compiled_gather"] = torch.compile(functools.partial(gather, case), fullgraph=True, dynamic=False)
     small = case.tokens**2 <= MANY_PAIRS and case.dtype != torch.float64
     if small:
         found["masked_sdpa"] = masked_sdpa(case)

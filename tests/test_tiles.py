@@ -27,6 +27,9 @@ LARGE = {
     "turned_volume": Problem((90, 4, 7), (5, 2, 3), stride=(2, 1, 3), batch=1),
     "large_window": Problem((40, 44), (31, 29), head_dim=16, batch=1, heads=1),
     "box": Problem((90, 300), (5, 7), dilation=(4, 3), box=((11, 20), (70, 210)), mask=True, batch=1),
+    "heads_together": Problem(
+        (64, 300), (3, 5), heads=8, group=2, head_dim=16, batch=1, additional=3, rpb=True, mask=True
+    ),
     "wide_heads": Problem((9, 20), (3, 5), head_dim=130, value_dim=80),
 }
 

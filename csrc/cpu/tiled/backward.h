@@ -21,7 +21,7 @@ template <class A> struct BiasGradients {
     rows = (2 * p.axis[0].kernel - 1) * (2 * p.axis[1].kernel - 1);
     kernel = p.axis[2].kernel;
     vectors = t.strip / kLanes<A>;
-    sums = p.grad_rpb.data ? c.take<A>(p.heads / p.heads_kv * size()) : nullptr;
+    sums = p.grad_rpb.data ? c.take<A>(p.heads / p.heads_kv * t.heads_together * size()) : nullptr;
   }
   int64_t size() const { return vectors * rows * kernel * kLanes<A>; }
   A* row(int64_t head, int vector, int64_t at) const { return sums + head * size() + (vector * rows + at) * kernel * kLanes<A>; }
@@ -66,7 +66,7 @@ template <class T> struct Backward {
   int key_rows;
   int64_t bytes;
 
-  static Tiling tiling(const Problem& p) { return fit_tiling<Backward, A>(p, {128, 0, 64 << 10, 16}, kMaxTiledBytes); }
+  static Tiling tiling(const Problem& p) { return fit_tiling<Backward, T>(p, {128, 0, 0, 64 << 10, 16}, kMaxTiledBytes); }
 
   Backward(const Problem& problem, const Tiling& tiling, void* memory) : p(problem), t(tiling), keys(problem, t) {
     keys.key.transposed = keys.key.dense = keys.value.transposed = true;
@@ -74,7 +74,7 @@ template <class T> struct Backward {
     Carver c{static_cast<char*>(memory)};
     keys.carve(c);
     strip.carve(c, t, true);
-    bias.carve(c, p);
+    bias.carve(c, p, t);
     bias_gradients.carve(c, p, t);
     const int64_t lanes = t.rows * t.chunk * W;
     queries[0] = c.take<A>(lanes * keys.score_dim);
@@ -84,8 +84,8 @@ template <class T> struct Backward {
     scores = c.take<A>(lanes * t.slots);
     slopes = c.take<A>(lanes * t.slots);
     sums = c.take<A>(kMaxOutputs * keys.key.pitch);
-    additional[0] = p.grad_additional_keys.data ? c.take<A>(p.additional * keys.key.pitch) : nullptr;
-    additional[1] = p.grad_additional_values.data ? c.take<A>(p.additional * keys.value.pitch) : nullptr;
+    additional[0] = p.grad_additional_keys.data ? c.take<A>(t.heads_together * p.additional * keys.key.pitch) : nullptr;
+    additional[1] = p.grad_additional_values.data ? c.take<A>(t.heads_together * p.additional * keys.value.pitch) : nullptr;
     visits = c.take<Visit<A>>(t.rows * visits_per_row());
     key_row = c.take<KeyRow>(keys.rows());
     bytes = c.at - static_cast<char*>(memory);
@@ -106,40 +106,44 @@ template <class T> struct Backward {
       clear_sums();
       for_blocks(p, t, owner, [&](const BlockRow* rows, int count) {
         keys.bring(owner, strip, rows, count);
-        list_block(owner, rows, count);
         const int64_t group = p.heads / p.heads_kv;
-        for (int64_t h = owner.head * group; h < (owner.head + 1) * group; ++h) differentiate_block(owner, h, rows, count);
+        for (int64_t n = 0; n < t.heads_together; ++n) {
+          list_block(owner, n, rows, count);
+          for (int64_t h = 0; h < group; ++h) differentiate_block(owner, n, n * group + h, rows, count);
+        }
       });
       flush_sums(owner, partials);
     }
   }
   int64_t additional_size(int i) const { return p.additional * (i ? keys.value.pitch : keys.key.pitch); }
   void clear_sums() const {
-    if (bias_gradients.sums) std::memset(bias_gradients.sums, 0, size_t(p.heads / p.heads_kv * bias_gradients.size()) * sizeof(A));
+    const int64_t heads = p.heads / p.heads_kv * t.heads_together;
+    if (bias_gradients.sums) std::memset(bias_gradients.sums, 0, size_t(heads * bias_gradients.size()) * sizeof(A));
     for (int i = 0; i < 2; ++i)
-      if (additional[i]) std::memset(additional[i], 0, size_t(additional_size(i)) * sizeof(A));
+      if (additional[i]) std::memset(additional[i], 0, size_t(t.heads_together * additional_size(i)) * sizeof(A));
   }
   void flush_sums(const Owner& owner, const Partials& partials) const {
     const int64_t group = p.heads / p.heads_kv;
-    for (int64_t h = 0; bias_gradients.sums && h < group; ++h)
+    for (int64_t h = 0; bias_gradients.sums && h < group * t.heads_together; ++h)
       bias_gradients.flush(p, strip, h, partials.bias + (owner.head * group + h) * p.rpb.head);
     for (int i = 0; i < 2; ++i) {
       if (!additional[i]) continue;
       A* const to = partials.additional[i] + (owner.batch * p.heads_kv + owner.head) * additional_size(i);
-      for (int64_t j = 0; j < additional_size(i); j += W) store(to + j, load(to + j) + load(additional[i] + j));
+      for (int64_t j = 0; j < t.heads_together * additional_size(i); j += W) store(to + j, load(to + j) + load(additional[i] + j));
     }
   }
   // The rows of keys that the block sees: for each row of queries (dq), and with the rows that see each (dk, dv).
-  void list_block(const Owner& owner, const BlockRow* rows, int count) {
+  void list_block(const Owner& owner, int64_t n, const BlockRow* rows, int count) {
+    const A* const keys_of_head = keys.ring_of(keys.key, 1, n);
     for (int r = 0; r < count; ++r)
-      listed[r] = list_rows(keys.ring, keys.key.ring[1], keys.key.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
+      listed[r] = list_rows(keys.ring, keys_of_head, keys.key.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
     key_rows = 0;
     for (int64_t z = rows[0].z_begin; z < rows[0].z_end; ++z)
       for (int64_t y = rows[0].y_begin; y < rows[count - 1].y_end; ++y) {
         KeyRow& key = key_row[key_rows++];
         const int64_t zt = t.axis[0].key_token(z), yt = t.axis[1].key_token(y);
-        key.sums[0] = p.grad_key.data ? row_of<A>(p.sum_key, owner.batch, owner.head, zt, yt) : nullptr;
-        key.sums[1] = p.grad_value.data ? row_of<A>(p.sum_value, owner.batch, owner.head, zt, yt) : nullptr;
+        key.sums[0] = p.grad_key.data ? row_of<A>(p.sum_key, owner.batch, owner.head + n, zt, yt) : nullptr;
+        key.sums[1] = p.grad_value.data ? row_of<A>(p.sum_value, owner.batch, owner.head + n, zt, yt) : nullptr;
         key.count = 0;
         for (int r = 0; r < count; ++r) {
           if (y < rows[r].y_begin || y >= rows[r].y_end) continue;
@@ -149,24 +153,25 @@ template <class T> struct Backward {
       }
   }
 
-  // One head of queries, of one block.
-  void differentiate_block(const Owner& owner, int64_t head, const BlockRow* rows, int count) {
+  // One head of queries, of one block: the owner's `local`-th, whose keys are those of its n-th head.
+  void differentiate_block(const Owner& owner, int64_t n, int64_t local, const BlockRow* rows, int count) {
+    const int64_t head = owner.head * (p.heads / p.heads_kv) + local;
     for (int chunk = 0, from = 0; from < strip.vectors; ++chunk, from += int(t.chunk)) {
       const int to = int(smaller(from + t.chunk, strip.vectors));
       pack(owner, head, rows, count, from, to);
-      score(rows, count, from, to);
+      score(n, rows, count, from, to);
       for (int r = 0; r < count; ++r)
-        for (int v = from; v < to; ++v) differentiate(owner, head, rows[r], r, v, from);
+        for (int v = from; v < to; ++v) differentiate(owner, local, rows[r], r, v, from);
       if (p.grad_query.data)
         for (int g = strip.group_begin[chunk]; g < strip.group_begin[chunk + 1]; ++g)  // rows innermost: they share keys
-          for (int r = 0; r < count; ++r) sum_query(owner, head, rows[r], r, strip.groups[g]);
+          for (int r = 0; r < count; ++r) sum_query(owner, n, head, rows[r], r, strip.groups[g]);
       const int first = from * W, stop = int(smaller(to * W, strip.queries));
       strip.for_key_groups(first, stop, most, [&](const Group& group) {
         if (p.grad_key.data) add_keys(group, first, slopes, queries[1], keys.key.pitch, 0, p.sum_key.token[2]);
         if (p.grad_value.data && p.grad_out.data) add_keys(group, first, scores, gradients[1], keys.value.pitch, 1, p.sum_value.token[2]);
       });
-      if (additional[0]) add_additional(rows, count, from, slopes, queries[1], keys.key.pitch, additional[0]);
-      if (additional[1] && p.grad_out.data) add_additional(rows, count, from, scores, gradients[1], keys.value.pitch, additional[1]);
+      if (additional[0]) add_additional(rows, count, from, slopes, queries[1], keys.key.pitch, additional[0] + n * additional_size(0));
+      if (additional[1] && p.grad_out.data) add_additional(rows, count, from, scores, gradients[1], keys.value.pitch, additional[1] + n * additional_size(1));
     }
   }
   void pack(const Owner& owner, int64_t head, const BlockRow* rows, int count, int from, int to) {
@@ -182,19 +187,20 @@ template <class T> struct Backward {
         pack_dense(tokens_of<T>(p.grad_out, owner.batch, head, z, y, token, y), tokens, p.value_dim, gradients[1] + r * t.chunk * W * keys.value.pitch, keys.value.pitch);
     }
   }
-  void score(const BlockRow* rows, int count, int from, int to) {
-    const Products<A> logits{queries[0], keys.key.ring[0], keys.score_dim, keys.key.size[0], scores};
-    const Products<A> output{gradients[0], keys.value.ring[0], p.value_dim, keys.value.size[0], slopes};
+  void score(int64_t n, const BlockRow* rows, int count, int from, int to) {
+    const Products<A> logits{queries[0], keys.ring_of(keys.key, 0, n), keys.score_dim, keys.key.size[0], scores};
+    const Products<A> output{gradients[0], keys.ring_of(keys.value, 0, n), p.value_dim, keys.value.size[0], slopes};
     score_chunk(logits, t, keys.ring, strip, rows, count, from, to);
     if (p.grad_out.data) score_chunk(output, t, keys.ring, strip, rows, count, from, to);
     else std::memset(slopes, 0, size_t(t.rows * t.chunk * t.slots * W) * sizeof(A));
     if (!p.additional) return;
-    score_additional(logits, t, keys.key.additional[0], keys.additional_pitch(), int(p.additional), rows, count, from, to);
+    score_additional(logits, t, keys.additional_of(keys.key, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
     if (p.grad_out.data)
-      score_additional(output, t, keys.value.additional[0], keys.additional_pitch(), int(p.additional), rows, count, from, to);
+      score_additional(output, t, keys.additional_of(keys.value, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
   }
   // Scores -> P and slopes -> ds, for one vector of queries.
-  void differentiate(const Owner& owner, int64_t head, const BlockRow& row, int r, int v, int from) {
+  void differentiate(const Owner& owner, int64_t local, const BlockRow& row, int r, int v, int from) {
+    const int64_t head = owner.head * (p.heads / p.heads_kv) + local;
     const int64_t at = (r * t.chunk + v - from) * t.slots * W;
     const int kernel = int(p.axis[2].kernel), window = window_slots(row, t), slots = window + int(p.additional);
     A *s = scores + at, *g = slopes + at;
@@ -211,7 +217,7 @@ template <class T> struct Backward {
       store(s + i * W, weight);
       store(g + i * W, dead ? Vector<A>{} : weight * (load(g + i * W) - delta));
     }
-    if (bias_gradients.sums) add_bias_gradients(head, row, v, g);
+    if (bias_gradients.sums) add_bias_gradients(local, row, v, g);
     for (int i = 0; i < slots; ++i) store(g + i * W, load(g + i * W) * A(p.scale));
   }
   Vector<A> grad_lse(const Owner& owner, int64_t head, const BlockRow& row, int v) const {
@@ -221,15 +227,15 @@ template <class T> struct Backward {
     for (int l = 0; l < W && v * W + l < strip.queries; ++l) out[l] = from[strip.query_token[v * W + l] * p.grad_lse.token[2]];
     return out;
   }
-  void add_bias_gradients(int64_t head, const BlockRow& row, int v, const A* g) const {
+  void add_bias_gradients(int64_t local, const BlockRow& row, int v, const A* g) const {
     const int64_t middle = 2 * p.axis[1].kernel - 1;
     for (int64_t z = 0; z < row.z_end - row.z_begin; ++z)
       for (int64_t y = 0; y < row.y_end - row.y_begin; ++y) {
-        A* const sum = bias_gradients.row(head % (p.heads / p.heads_kv), v, (row.z_bias + z) * middle + row.y_bias + y);
+        A* const sum = bias_gradients.row(local, v, (row.z_bias + z) * middle + row.y_bias + y);
         for (int64_t slot = 0; slot < p.axis[2].kernel; ++slot, g += W) store(sum + slot * W, load(sum + slot * W) + load(g));
       }
   }
-  void sum_query(const Owner& owner, int64_t head, const BlockRow& row, int r, const Group& group) {
+  void sum_query(const Owner& owner, int64_t head_kv, int64_t head, const BlockRow& row, int r, const Group& group) {
     const int window = window_slots(row, t);
     ByQuery<A> coefficient, extra;
     A* out[kMaxOutputs];
@@ -240,7 +246,7 @@ template <class T> struct Backward {
     }
     sum_columns<A>(group, coefficient, visits + r * visits_per_row(), listed[r], keys.key.pitch, out, nullptr, false);
     if (p.additional) {
-      const Visit<A> all{keys.key.additional[1], 0};
+      const Visit<A> all{keys.additional_of(keys.key, 1, head_kv), 0};
       sum_columns<A>(flat_group(group, int(p.additional)), extra, &all, 1, keys.key.pitch, out, nullptr, true);
     }
     T* const to = row_of<T>(p.grad_query, owner.batch, head, row.z, row.y);

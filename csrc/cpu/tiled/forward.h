@@ -21,7 +21,7 @@ template <class T> struct Forward {
   int listed[kRows];
   int64_t bytes;
 
-  static Tiling tiling(const Problem& p) { return fit_tiling<Forward, A>(p, {128, 0, 48 << 10, 8}, kMaxTiledBytes); }
+  static Tiling tiling(const Problem& p) { return fit_tiling<Forward, T>(p, {128, 0, 0, 48 << 10, 8}, kMaxTiledBytes); }
 
   Forward(const Problem& problem, const Tiling& tiling, void* memory) : p(problem), t(tiling), keys(problem, t) {
     keys.key.transposed = keys.value.dense = true;
@@ -29,7 +29,7 @@ template <class T> struct Forward {
     Carver c{static_cast<char*>(memory)};
     keys.carve(c);
     strip.carve(c, t, false);
-    bias.carve(c, p);
+    bias.carve(c, p, t);
     queries = c.take<A>(t.rows * t.chunk * keys.score_dim * W);
     scores = c.take<A>(t.rows * t.chunk * t.slots * W);
     sums = c.take<A>(kMaxOutputs * keys.value.pitch);
@@ -51,27 +51,30 @@ template <class T> struct Forward {
   void attend_block(const Owner& owner, const BlockRow* rows, int count) {
     const int64_t group = p.heads / p.heads_kv;
     keys.bring(owner, strip, rows, count);
-    for (int r = 0; r < count; ++r)
-      listed[r] = list_rows(keys.ring, keys.value.ring[1], keys.value.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
-    for (int64_t h = owner.head * group; h < (owner.head + 1) * group; ++h) attend(owner, h, rows, count);
+    for (int64_t n = 0; n < t.heads_together; ++n) {
+      const A* const values = keys.ring_of(keys.value, 1, n);
+      for (int r = 0; r < count; ++r)
+        listed[r] = list_rows(keys.ring, values, keys.value.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
+      for (int64_t h = 0; h < group; ++h) attend(owner, n, (owner.head + n) * group + h, rows, count);
+    }
   }
 
-  // One head of queries, of one block.
-  void attend(const Owner& owner, int64_t head, const BlockRow* rows, int count) {
+  // One head of queries, of one block; its keys are those of the owner's n-th head.
+  void attend(const Owner& owner, int64_t n, int64_t head, const BlockRow* rows, int count) {
     for (int chunk = 0, from = 0; from < strip.vectors; ++chunk, from += int(t.chunk)) {
       const int to = int(smaller(from + t.chunk, strip.vectors));
       for (int r = 0; r < count; ++r)
         prefetch_to_write(row_of<T>(p.out, owner.batch, head, rows[r].z, rows[r].y), strip.query_token + from * W,
                           int(smaller(to * W, strip.queries)) - from * W, p.out.token[2], p.value_dim);
       pack_queries<T>(p, p.query, owner, head, rows, count, strip, t, from, to, p.head_dim, keys.score_dim, queries);
-      const Products<A> products{queries, keys.key.ring[0], keys.score_dim, keys.key.size[0], scores};
+      const Products<A> products{queries, keys.ring_of(keys.key, 0, n), keys.score_dim, keys.key.size[0], scores};
       score_chunk(products, t, keys.ring, strip, rows, count, from, to);
       if (p.additional)
-        score_additional(products, t, keys.key.additional[0], keys.additional_pitch(), int(p.additional), rows, count, from, to);
+        score_additional(products, t, keys.additional_of(keys.key, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
       for (int r = 0; r < count; ++r)
         for (int v = from; v < to; ++v) finish_softmax(owner, head, rows[r], r, v, from);
       for (int g = strip.group_begin[chunk]; g < strip.group_begin[chunk + 1]; ++g)  // rows innermost: they share values
-        for (int r = 0; r < count; ++r) sum_values(owner, head, rows[r], r, strip.groups[g], from);
+        for (int r = 0; r < count; ++r) sum_values(owner, n, head, rows[r], r, strip.groups[g], from);
     }
   }
   void finish_softmax(const Owner& owner, int64_t head, const BlockRow& row, int r, int v, int from) {
@@ -84,7 +87,7 @@ template <class T> struct Forward {
     const int lanes = int(smaller(W, strip.queries - v * W));
     for (int l = 0; l < lanes; ++l) out[strip.query_token[v * W + l] * p.lse.token[2]] = lse[l];
   }
-  void sum_values(const Owner& owner, int64_t head, const BlockRow& row, int r, const Group& group, int from) {
+  void sum_values(const Owner& owner, int64_t head_kv, int64_t head, const BlockRow& row, int r, const Group& group, int from) {
     const int window = window_slots(row, t);
     ByQuery<A> coefficient, extra;
     A factor[kMaxOutputs], *out[kMaxOutputs];
@@ -97,7 +100,7 @@ template <class T> struct Forward {
     }
     sum_columns(group, coefficient, visits + r * visits_per_row(), listed[r], keys.value.pitch, out, p.additional ? nullptr : factor, false);
     if (p.additional) {
-      const Visit<A> all{keys.value.additional[1], 0};
+      const Visit<A> all{keys.additional_of(keys.value, 1, head_kv), 0};
       sum_columns(flat_group(group, int(p.additional)), extra, &all, 1, keys.value.pitch, out, factor, true);
     }
     T* const to = row_of<T>(p.out, owner.batch, head, row.z, row.y);

@@ -33,18 +33,18 @@ template <class A> struct BiasTables {
   A* tables;  // null: no bias
   int64_t pitch, middle, count, heads;
 
-  void carve(Carver& c, const Problem& p) {
+  void carve(Carver& c, const Problem& p, const Tiling& t) {
     middle = 2 * p.axis[1].kernel - 1;
     count = (2 * p.axis[0].kernel - 1) * middle;
     pitch = 2 * p.axis[2].kernel - 1 + 2 * kLanes<A>;
-    heads = p.heads / p.heads_kv;
+    heads = p.heads / p.heads_kv * t.heads_together;
     tables = p.rpb.data ? c.take<A>(heads * count * pitch) : nullptr;
   }
   template <class T> void fill(const Problem& p, int64_t head_kv) const {
     const int64_t width = 2 * p.axis[2].kernel - 1;
     for (int64_t i = 0; tables && i < heads * count; ++i)
       for (int64_t x = 0; x < pitch; ++x) {
-        const int64_t row = i % count, head = head_kv * heads + i / count;
+        const int64_t row = i % count, head = head_kv * (p.heads / p.heads_kv) + i / count;
         const int64_t at = head * p.rpb.head + row / middle * p.rpb.token[0] + row % middle * p.rpb.token[1] + x * p.rpb.token[2];
         A& entry = tables[i * pitch + x];
         if (x >= width) entry = 0;
@@ -162,7 +162,8 @@ template <class T> struct PackedKeys {
     bool transposed, dense;
     int64_t dim, pitch;       // of a dense row
     int64_t size[2];          // of a row of keys: transposed [dim (+ mask)][t.pitch], dense [columns][pitch]
-    A *ring[2], *additional[2];
+    int64_t additional_size[2];
+    A *ring[2], *additional[2];  // of the owner's first head; the others follow
   };
   const Problem& p;
   const Tiling& t;
@@ -177,6 +178,9 @@ template <class T> struct PackedKeys {
   }
   int64_t additional_pitch() const { return round_up(p.additional, W); }
   int64_t rows() const { return t.ring[0] * t.ring[1]; }
+  // Where the ring (or the additional tokens) of the owner's n-th head begins; form 0 is transposed, 1 dense.
+  A* ring_of(const Form& f, int i, int64_t n) const { return f.ring[i] + n * rows() * f.size[i]; }
+  A* additional_of(const Form& f, int i, int64_t n) const { return f.additional[i] + n * f.additional_size[i]; }
 
   void carve(Carver& c) {
     ring.carve(c, t);
@@ -186,22 +190,25 @@ template <class T> struct PackedKeys {
   void carve(Carver& c, Form& form, int64_t transposed_dim) const {
     form.pitch = round_up(form.dim, W);
     form.size[0] = transposed_dim * t.pitch, form.size[1] = t.columns * form.pitch;
-    form.ring[0] = form.transposed ? c.take<A>(rows() * form.size[0]) : nullptr;
-    form.ring[1] = form.dense ? c.take<A>(rows() * form.size[1]) : nullptr;
-    form.additional[0] = form.transposed ? c.take<A>(transposed_dim * additional_pitch()) : nullptr;
-    form.additional[1] = form.dense ? c.take<A>(p.additional * form.pitch) : nullptr;
+    form.additional_size[0] = transposed_dim * additional_pitch(), form.additional_size[1] = p.additional * form.pitch;
+    const int64_t heads = t.heads_together;
+    form.ring[0] = form.transposed ? c.take<A>(heads * rows() * form.size[0]) : nullptr;
+    form.ring[1] = form.dense ? c.take<A>(heads * rows() * form.size[1]) : nullptr;
+    form.additional[0] = form.transposed ? c.take<A>(heads * form.additional_size[0]) : nullptr;
+    form.additional[1] = form.dense ? c.take<A>(heads * form.additional_size[1]) : nullptr;
   }
 
   // Another owner: the ring is empty.
   void start(const Owner& owner) const {
     ring.clear();
     for (const Form& f : form)  // loads reach past the packed columns: let them find numbers
-      if (f.transposed) std::memset(f.ring[0], 0, size_t(rows() * f.size[0]) * sizeof(A));
-    if (!p.additional) return;
-    pack_additional(owner, p.additional_keys, key);
-    pack_additional(owner, p.additional_values, value);
-    if (score_dim > p.head_dim)
-      std::memset(key.additional[0] + p.head_dim * additional_pitch(), 0, size_t(additional_pitch()) * sizeof(A));
+      if (f.transposed) std::memset(f.ring[0], 0, size_t(t.heads_together * rows() * f.size[0]) * sizeof(A));
+    for (int64_t n = 0; p.additional && n < t.heads_together; ++n) {
+      pack_additional(owner, p.additional_keys, key, n);
+      pack_additional(owner, p.additional_values, value, n);
+      if (score_dim > p.head_dim)
+        std::memset(additional_of(key, 0, n) + p.head_dim * additional_pitch(), 0, size_t(additional_pitch()) * sizeof(A));
+    }
   }
   void bring(const Owner& owner, const Strip<A>& strip, const BlockRow* block, int count) const {
     for (int64_t z = block[0].z_begin; z < block[0].z_end; ++z)
@@ -210,9 +217,11 @@ template <class T> struct PackedKeys {
         if (!ring.claim(slot, z * p.kv_shape[1] + y)) continue;
         const int64_t zt = t.axis[0].key_token(z), yt = t.axis[1].key_token(y);
         const int64_t next = y + 1 < p.kv_shape[1] ? t.axis[1].key_token(y + 1) : yt;
-        pack(tokens_of<T>(p.key, owner.batch, owner.head, zt, yt, strip.key_token, next), strip.columns, key, slot);
-        pack(tokens_of<T>(p.value, owner.batch, owner.head, zt, yt, strip.key_token, next), strip.columns, value, slot);
-        if (p.key_mask.data) mask_row(row_of<uint8_t>(p.key_mask, owner.batch, 0, zt, yt), strip, slot);
+        for (int64_t n = 0; n < t.heads_together; ++n) {
+          pack(tokens_of<T>(p.key, owner.batch, owner.head + n, zt, yt, strip.key_token, next), strip.columns, key, n * rows() + slot);
+          pack(tokens_of<T>(p.value, owner.batch, owner.head + n, zt, yt, strip.key_token, next), strip.columns, value, n * rows() + slot);
+          if (p.key_mask.data) mask_row(row_of<uint8_t>(p.key_mask, owner.batch, 0, zt, yt), strip, n * rows() + slot);
+        }
       }
   }
 
@@ -221,14 +230,14 @@ template <class T> struct PackedKeys {
     if (form.transposed) pack_transposed(row, columns, form.dim, form.ring[0] + slot * form.size[0], t.pitch, W);
     if (form.dense) pack_dense(row, columns, form.dim, form.ring[1] + slot * form.size[1], form.pitch);
   }
-  void pack_additional(const Owner& owner, const Rows& rows, const Form& form) const {
+  void pack_additional(const Owner& owner, const Rows& rows, const Form& form, int64_t n) const {
     for (int64_t from = 0; from < p.additional; from += W) {
       const int some = int(smaller(p.additional - from, W));
       int64_t here[W];
       for (int i = 0; i < some; ++i) here[i] = from + i;
-      const TokenRow<T> row{row_of<T>(rows, owner.batch, owner.head, 0, 0), here, rows.token[2], rows.dim, 0};
-      if (form.transposed) pack_transposed(row, some, form.dim, form.additional[0] + from, additional_pitch(), W);
-      if (form.dense) pack_dense(row, some, form.dim, form.additional[1] + from * form.pitch, form.pitch);
+      const TokenRow<T> row{row_of<T>(rows, owner.batch, owner.head + n, 0, 0), here, rows.token[2], rows.dim, 0};
+      if (form.transposed) pack_transposed(row, some, form.dim, additional_of(form, 0, n) + from, additional_pitch(), W);
+      if (form.dense) pack_dense(row, some, form.dim, additional_of(form, 1, n) + from * form.pitch, form.pitch);
     }
   }
   // Hidden keys: score -inf, and zeros instead of what they hold, which may be NaN.

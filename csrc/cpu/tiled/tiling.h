@@ -48,6 +48,7 @@ struct Tiling {
   PlacedAxis axis[kAxes];
   int64_t strip, strips;        // queries of a strip: a multiple of the lanes
   int64_t strips_together;      // consecutive strips of one owner
+  int64_t heads_together;       // heads of keys of one owner
   int64_t range, ranges;        // rows of the middle axis that one owner has
   int64_t columns;              // keys of the longest strip
   int64_t pitch;                // of a transposed row of keys: room for the loads of every lane map
@@ -55,7 +56,8 @@ struct Tiling {
   int64_t slots;                // of the longest window, additional tokens included
   int64_t rows, chunk;          // rows of a block, vectors of queries of a chunk
   int64_t strip_owners() const { return ceil_div(strips, strips_together); }
-  int64_t owners(const Problem& p) const { return p.batch * p.heads_kv * ranges * strip_owners(); }
+  int64_t pairs(const Problem& p) const { return p.batch * p.heads_kv / heads_together; }
+  int64_t owners(const Problem& p) const { return pairs(p) * ranges * strip_owners(); }
 };
 
 // Rows of keys that `rows` consecutive queries of one dilation group see together, at most.
@@ -64,7 +66,7 @@ inline int64_t union_of(const Axis& a, int64_t rows) {
 }
 
 struct TilingOptions {
-  int64_t strip, rows, chunk_bytes, owners;
+  int64_t strip, rows, heads_together, chunk_bytes, owners;
 };
 
 // True if pieces of `size` queries, two apart, never share a key: then pieces of equal parity may add to the keys'
@@ -100,11 +102,12 @@ template <class A> inline Tiling make_tiling(const Problem& p, const TilingOptio
   t.slots += window;
   const int64_t row_bytes = t.slots * W * int64_t(sizeof(A));
   t.rows = options.rows;
+  t.heads_together = options.heads_together;
   t.ring[0] = p.axis[0].kernel;
   t.ring[1] = union_of(middle.axis, t.rows);
   const int64_t vectors = t.strip / W, fitting = larger(1, smaller(options.chunk_bytes / (row_bytes * t.rows), vectors));
   t.chunk = ceil_div(vectors, ceil_div(vectors, fitting));  // even chunks
-  const int64_t wanted = ceil_div(options.owners, p.batch * p.heads_kv * t.strips / t.strips_together);
+  const int64_t wanted = ceil_div(options.owners, t.pairs(p) * t.strip_owners());
   const int64_t most = p.q_shape[1] / larger(2 * t.rows, 2 * middle.axis.kernel);
   t.range = ceil_div(p.q_shape[1], larger(1, smaller(wanted, most)));
   while (!apart(middle, t.range)) t.range *= 2;
@@ -115,12 +118,12 @@ template <class A> inline Tiling make_tiling(const Problem& p, const TilingOptio
 // One owner's place in the problem. Owners of one colour (parities of their strip and range) share no keys; there are
 // four colours.
 struct Owner {
-  int64_t batch, head;            // of keys
+  int64_t batch, head;            // the first of its heads of keys
   int64_t row_begin, row_end;     // places of the middle axis
   int64_t query_begin, query_end; // places of the inner axis
 
   static int64_t count(const Problem& p, const Tiling& t, int colour) {
-    return p.batch * p.heads_kv * ((t.strip_owners() + 1 - colour % 2) / 2) * ((t.ranges + 1 - colour / 2) / 2);
+    return t.pairs(p) * ((t.strip_owners() + 1 - colour % 2) / 2) * ((t.ranges + 1 - colour / 2) / 2);
   }
   static Owner of(const Problem& p, const Tiling& t, int colour, int64_t item) {
     const int64_t strips = (t.strip_owners() + 1 - colour % 2) / 2, ranges = (t.ranges + 1 - colour / 2) / 2;
@@ -131,8 +134,8 @@ struct Owner {
     return at(p, t, item / strips / t.ranges, item / strips % t.ranges, item % strips);
   }
   static Owner at(const Problem& p, const Tiling& t, int64_t pair, int64_t range, int64_t strip) {
-    const int64_t width = t.strip * t.strips_together;
-    return {pair / p.heads_kv, pair % p.heads_kv, range * t.range, smaller((range + 1) * t.range, p.q_shape[1]),
+    const int64_t width = t.strip * t.strips_together, heads = p.heads_kv / t.heads_together;
+    return {pair / heads, pair % heads * t.heads_together, range * t.range, smaller((range + 1) * t.range, p.q_shape[1]),
             strip * width, smaller((strip + 1) * width, p.q_shape[2])};
   }
 };
@@ -257,13 +260,26 @@ template <class A> struct Strip {
   }
 };
 
+// Heads of keys that one owner walks together. Heads-last, one head is a fraction of a token's memory, and an image that
+// no cache holds is read once for every owner of a token: at 448x448 with two heads of 32, two owners took 1.5 times as
+// long as one (the same image with one head took half as long as one of those).
+template <class T> inline int64_t heads_that_share_pages(const Problem& p) {
+  constexpr int64_t kCached = 8 << 20, kSpan = 1024;
+  const int64_t token = p.head_dim * int64_t(sizeof(T)), image = p.kv_shape[0] * p.kv_shape[1] * p.kv_shape[2] * p.heads_kv * token;
+  int64_t together = 1;
+  for (int64_t n = 2; n <= p.heads_kv && image > kCached && n * token <= kSpan; ++n)
+    if (p.heads_kv % n == 0) together = n;
+  return together;
+}
+
 // The largest tiles whose scratch stays within `limit`, or the smallest ones.
-template <class Pass, class A> inline Tiling fit_tiling(const Problem& p, TilingOptions options, int64_t limit) {
-  const int64_t sizes[][2] = {{options.strip, kRows}, {64, kRows}, {32, kRows}, {16, kRows}, {16, 2}, {16, 1}};
+template <class Pass, class T> inline Tiling fit_tiling(const Problem& p, TilingOptions options, int64_t limit) {
+  const int64_t most = heads_that_share_pages<T>(p);
+  const int64_t sizes[][3] = {{most > 1 ? 64 : options.strip, kRows, most}, {64, kRows, 1}, {32, kRows, 1}, {16, kRows, 1}, {16, 2, 1}, {16, 1, 1}};
   Tiling t;
   for (const auto& size : sizes) {
-    options.strip = size[0], options.rows = size[1];
-    t = make_tiling<A>(p, options);
+    options.strip = size[0], options.rows = size[1], options.heads_together = size[2];
+    t = make_tiling<Accumulate<T>>(p, options);
     if (Pass(p, t, nullptr).bytes <= limit) break;
   }
   return t;
