@@ -79,6 +79,7 @@ def contenders(case: Case, inputs: Inputs, kind: str, peers: bool) -> dict[str, 
     found: dict[str, Attention] = {"natten_ops": ours(case, inputs, None), "cpu-general": ours(case, inputs, "cpu-general")}
     if not peers or not case.plain:
         return found
+    torch.compiler.reset()  # every case is a graph of its own, not one more of the last case's
     simple = case.stride == case.dilation == 1 and not case.is_causal and len(case.spatial) == 2
     if simple and case.tokens <= 3136:
         found["compiled_gather"] = torch.compile(functools.partial(gather, case), fullgraph=True, dynamic=False)

@@ -56,6 +56,28 @@ std::tuple<Tensor, Tensor> forward_cpu(
   return {out, lse};
 }
 
+// The tiled forward with a tiling of the caller's choice: {strip, rows, heads together, bytes of a chunk}.
+Tensor forward_with_tiling(const Tensor& query, const Tensor& key, const Tensor& value, Integers kernel_size, Integers stride,
+                           Integers dilation, Flags is_causal, Integers tiling) {
+  const Arguments a{query, key, value, kernel_size, stride, dilation, is_causal, std::nullopt, std::nullopt, std::nullopt,
+                    std::nullopt, std::nullopt, {}, {}, {}};
+  check(a);
+  STD_TORCH_CHECK(tiling.size() == 4 && tiling[0] >= 1 && tiling[1] >= 1 && tiling[1] <= 4 && tiling[2] >= 1 &&
+                  key.size(-2) % tiling[2] == 0 && query.numel() > 0, "natten: _cpu_tiled_forward: bad tiling");
+  Integers shape = sizes_of(query);
+  shape.back() = value.size(-1);
+  Tensor out = torch::stable::new_empty(query, shape);
+  shape.pop_back();
+  const Tensor lse = torch::stable::new_empty(query, shape, lse_dtype(query));
+  Problem p = make_problem(a);
+  for (int i = 0; i < 4; ++i) p.tiling[i] = tiling[i];
+  p.out = rows_of(out, true, a.rank(), true, true);
+  p.lse = rows_of(lse, true, a.rank(), true, false);
+  const cpu::ForwardKernels kernels = cpu::tiled_forward_kernels(cpu_dtype(query));
+  run(kernels.forward, p, kernels.query_items(p), kernels.scratch_bytes(p), work_of(p));
+  return out;
+}
+
 enum Gradient { kQuery, kKey, kValue, kRpb, kAdditionalKeys, kAdditionalValues, kGradients };
 
 // The gradients that are wanted and exist, zero-filled where no kernel will write; size 0 for the others.
@@ -195,6 +217,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(natten, m) {
   NATTEN_COMPOSITE("1", "[False]")
   NATTEN_COMPOSITE("2", "[False, False]")
   NATTEN_COMPOSITE("3", "[False, False, False]")
+  m.def("_cpu_tiled_forward(Tensor query, Tensor key, Tensor value, " NATTEN_SETTINGS "int[] tiling) -> Tensor");
   m.def("neighborhood_attention_lse(Tensor query, Tensor key, Tensor value, " NATTEN_SETTINGS
         "float? scale=None, Tensor? additional_keys=None, Tensor? additional_values=None, *, Tensor? rpb=None, "
         "Tensor? key_mask=None, SymInt[] q_origin=[], SymInt[] kv_origin=[], SymInt[] extent=[], int backend=0) "
@@ -208,6 +231,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(natten, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(natten, CPU, m) {
+  m.impl("_cpu_tiled_forward", TORCH_BOX(&forward_with_tiling));
   m.impl("neighborhood_attention_lse", TORCH_BOX(&forward_cpu));
   m.impl("neighborhood_attention_lse_backward", TORCH_BOX(&backward_cpu));
 }

@@ -17,6 +17,7 @@ CUDA_LIBRARY = "libnatten_ops_cuda.so"
 OWN_OPS = (
     "na1d", "na2d", "na3d", "neighborhood_attention_lse", "neighborhood_attention_lse_backward", "merge_attentions",
     "_windows", "_cpu_vector_bytes", "_cpu_scratch_bytes", "_cpu_tiled_scratch_bytes",
+    "_cpu_tiled_forward",
 )  # fmt: skip
 _VECTOR_NAMES = {16: "default", 32: "avx2", 64: "avx512"}
 

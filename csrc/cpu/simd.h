@@ -122,11 +122,24 @@ NATTEN_INLINE Vector<float> exp2_negative(Vector<float> y) {
   p = p * f + 1.f;
   return p * (Vector<float>)((Bits)u << 23);
 }
+// The same in float64, relative error 4e-16: the series of 2^f to the 13th power. Below -1022 the result is 0.
 NATTEN_INLINE Vector<double> exp2_negative(Vector<double> y) {
-  for (int i = 0; i < kLanes<double>; ++i) y[i] = __builtin_exp2(y[i]);
-  return y;
+  typedef int64_t Bits __attribute__((vector_size(NATTEN_VECTOR_BYTES)));
+  static const double series[] = {
+      1.3691488853904128e-12, 2.5678435993488206e-11, 4.4455382718708116e-10, 7.0549116208011234e-09,
+      1.01780860092397e-07, 1.321548679014431e-06, 1.5252733804059841e-05, 0.00015403530393381609,
+      0.0013333558146428443, 0.0096181291076284769, 0.055504108664821583, 0.24022650695910072, 0.69314718055994529};
+  const Vector<double> low = splat(-1023.);
+  y = y < low ? low : y;  // keeps a NaN
+  const Vector<double> magic = splat(6755399441055744. + 1023.);
+  const Vector<double> u = y + magic, f = y - (u - magic);
+  Vector<double> p = splat(series[0]);
+#pragma GCC unroll 13
+  for (int i = 1; i < 13; ++i) p = p * f + series[i];
+  p = p * f + 1.;
+  return p * (Vector<double>)((Bits)u << 52);
 }
-// e^x for x <= 0, as above.
+// e^x for x <= 0, as above. In float64 by the C library: the product with log2 e would cost digits.
 NATTEN_INLINE Vector<float> exp_negative(Vector<float> x) { return exp2_negative(x * 1.44269504f); }
 NATTEN_INLINE Vector<double> exp_negative(Vector<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);

@@ -276,6 +276,7 @@ template <class T> inline int64_t heads_that_share_pages(const Problem& p) {
 template <class Pass, class T> inline Tiling fit_tiling(const Problem& p, TilingOptions options, int64_t limit) {
   const int64_t most = heads_that_share_pages<T>(p);
   const int64_t sizes[][3] = {{most > 1 ? 64 : options.strip, kRows, most}, {64, kRows, 1}, {32, kRows, 1}, {16, kRows, 1}, {16, 2, 1}, {16, 1, 1}};
+  if (p.tiling[0]) return make_tiling<Accumulate<T>>(p, {p.tiling[0], p.tiling[1], p.tiling[2], p.tiling[3], options.owners});
   Tiling t;
   for (const auto& size : sizes) {
     options.strip = size[0], options.rows = size[1], options.heads_together = size[2];
