@@ -2,7 +2,7 @@
 # make demo      build, then train, export and reload a model on real images
 # make test      build, check the style, then run the tests
 # make build     install this folder (editable); again after a change of C++ or of this folder's list of files
-# make lint | test-slow | bench | wheel | clean
+# make lint | test-slow | bench | asan | wheel | clean
 #
 # All set everything up: in the active virtual environment if it has torch >= 2.11, else in .venv, which sees the
 # system's torch if that is new enough and gets TORCH otherwise. PYTHON=..., TORCH=... and PIP_ARGS=... override.
@@ -42,6 +42,13 @@ bench: build
 build: $(ready)
 	$(pip) install -q --no-deps --no-build-isolation -e .
 
+# The kernels' tests with address and undefined-behaviour sanitizers, from an install of their own.
+asan: $(ready)
+	rm -rf .asan
+	$(pip) install -q --no-deps --no-build-isolation --target .asan -C build-dir=build/asan -C cmake.define.NATTEN_OPS_SANITIZE=ON .
+	cd tests && PYTHONPATH=$(CURDIR)/.asan LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest -q -p no:cacheprovider test_ops.py test_tiles.py -k "not instruction_set"
+
 # Fails if the library needs other libraries than torch's and the system's, or more of torch than its stable ABI.
 wheel: $(ready)
 	rm -rf dist
@@ -63,4 +70,4 @@ $(ready): pyproject.toml Makefile
 clean:
 	rm -rf build dist demo_out .venv
 
-.PHONY: demo test test-slow lint bench build wheel clean
+.PHONY: demo test test-slow lint bench build asan wheel clean

@@ -53,29 +53,33 @@ def page(rows: Rows, picture: str) -> list[str]:
     ]
     for (case, backend, kind), row in rows.items():
         if backend == "natten_ops":
-            times = [rows[case, name, kind]["times_natten_ops"] if (case, name, kind) in rows else "" for name in others]
+            times = [
+                rows[case, name, kind]["times_natten_ops"] if (case, name, kind) in rows else "" for name in others
+            ]
             lines.append(f"| {case} | {kind} | {row['p50_ms']} | {row['of_sgemm']} | {' | '.join(times)} |")
     return lines
 
 
 def plot(series: dict[str, Rows], keys: list[Key], path: Path) -> None:
-    """Log bars of the share of sgemm, with a line at sgemm itself."""
+    """Log bars of the share of sgemm, forward beside training, with a line at sgemm itself."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 0.16 * len(series) * len(keys) + 1.5))
+    cases = list(dict.fromkeys(case for case, _, _ in keys))
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 0.45 * len(cases) + 1.5), sharey=True, layout="constrained")
     width = 0.8 / len(series)
-    for number, (label, rows) in enumerate(series.items()):
-        present = [i for i, key in enumerate(keys) if key in rows]
-        places: list[Any] = [i + (number + 0.5) * width - 0.4 for i in present]
-        axes.barh(places, [float(rows[keys[i]]["of_sgemm"]) for i in present], width, label=label)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.text(1, -0.8, "sgemm", ha="center")
-    axes.set_xscale("log")
-    axes.set_yticks(range(len(keys)), [f"{case} {kind}" for case, _, kind in keys])
-    axes.invert_yaxis()
-    axes.set_xlabel("useful FLOP/s as a share of sgemm 1024^3")
-    axes.legend(loc="lower left", bbox_to_anchor=(1, 0))
-    figure.savefig(path, bbox_inches="tight")
+    for axes, kind in zip(panels, ("forward", "training")):
+        for number, (label, rows) in enumerate(series.items()):
+            shares = {i: rows.get((case, "natten_ops", kind)) for i, case in enumerate(cases)}
+            present: dict[Any, float] = {
+                i + (number + 0.5) * width - 0.4: float(r["of_sgemm"]) for i, r in shares.items() if r
+            }
+            axes.barh(list(present), list(present.values()), width, label=label)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set(title=kind, xscale="log", xlabel="useful FLOP/s as a share of sgemm 1024^3 (black line)")
+    panels[0].set_yticks(range(len(cases)), cases)
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(series))
+    figure.savefig(path)
 
 
 def by_backend(rows: Rows) -> tuple[dict[str, Rows], list[Key]]:

@@ -76,7 +76,10 @@ def original(case: Case) -> Attention:
 
 def contenders(case: Case, inputs: Inputs, kind: str, peers: bool) -> dict[str, Attention]:
     """By name; `kind` is forward or training. Absent ones cannot do the case or would take minutes."""
-    found: dict[str, Attention] = {"natten_ops": ours(case, inputs, None), "cpu-general": ours(case, inputs, "cpu-general")}
+    found: dict[str, Attention] = {
+        "natten_ops": ours(case, inputs, None),
+        "cpu-general": ours(case, inputs, "cpu-general"),
+    }
     if not peers or not case.plain:
         return found
     torch.compiler.reset()  # every case is a graph of its own, not one more of the last case's

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import os
 import statistics
 import subprocess
@@ -103,7 +104,7 @@ def scaling(rounds: int) -> Iterator[str]:
     functions = {}
     for case in SCALING:
         inputs = case.inputs()
-        functions[case.name] = lambda attention=ours(case, inputs, None), inputs=inputs: attention(*inputs[:3])
+        functions[case.name] = functools.partial(ours(case, inputs, None), *inputs[:3])
     times = interleave(functions, rounds)
     smallest = SCALING[0]
     for case in SCALING:

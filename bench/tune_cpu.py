@@ -8,10 +8,12 @@ python bench/tune_cpu.py random         random problems: chosen kernels / genera
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from cases import CASES, Case
@@ -24,16 +26,18 @@ def tilings(case: Case) -> Iterator[list[int]]:
     longest = max(case.spatial)
     strips = [size for size in (16, 32, 64, 128, 256) if size < 2 * longest]
     heads = [n for n in (1, 2, 4) if case.heads % n == 0]
-    return (list(choice) for choice in itertools.product(strips, (1, 2, 4), heads, (12 << 10, 24 << 10, 48 << 10, 96 << 10)))
+    return (
+        list(choice) for choice in itertools.product(strips, (1, 2, 4), heads, (12 << 10, 24 << 10, 48 << 10, 96 << 10))
+    )
 
 
 def compare_tilings(case: Case, rounds: int) -> str:
-    query, key, value, *_ = case.inputs()
+    inputs = case.inputs()
     lists = [list(entry) for entry in case.params]
-    functions = {"chosen": lambda: ours(case, case_inputs, "cpu-tiled")(query, key, value)}
-    case_inputs = case.inputs()
+    run = functools.partial(torch.ops.natten._cpu_tiled_forward, *inputs[:3], *lists)
+    functions: dict[str, Callable[[], Any]] = {"chosen": functools.partial(run, [0, 0, 0, 0])}
     for tiling in tilings(case):
-        functions[str(tiling)] = lambda tiling=tiling: torch.ops.natten._cpu_tiled_forward(query, key, value, *lists, tiling)
+        functions[str(tiling)] = functools.partial(run, tiling)
     quick = {name: statistics.median(times) for name, times in interleave(functions, 2).items()}
     best = sorted((name for name in quick if name != "chosen"), key=quick.__getitem__)[:4]
     times = interleave({name: functions[name] for name in ("chosen", *best)}, rounds)
@@ -60,10 +64,7 @@ def compare_random(count: int, rounds: int) -> Iterator[str]:
     for number in range(count):
         case = random_case(number)
         inputs = case.inputs()
-        functions = {
-            name: lambda attention=ours(case, inputs, name), inputs=inputs: attention(*inputs[:3])
-            for name in (None, "cpu-general")
-        }
+        functions = {name: functools.partial(ours(case, inputs, name), *inputs[:3]) for name in (None, "cpu-general")}
         times = interleave({str(name): function for name, function in functions.items()}, rounds)
         ratios.append((median_ratio(times["None"], times["cpu-general"]), case))
     ratios.sort(key=lambda pair: pair[0])

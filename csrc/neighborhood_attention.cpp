@@ -62,8 +62,9 @@ Tensor forward_with_tiling(const Tensor& query, const Tensor& key, const Tensor&
   const Arguments a{query, key, value, kernel_size, stride, dilation, is_causal, std::nullopt, std::nullopt, std::nullopt,
                     std::nullopt, std::nullopt, {}, {}, {}};
   check(a);
-  STD_TORCH_CHECK(tiling.size() == 4 && tiling[0] >= 1 && tiling[1] >= 1 && tiling[1] <= 4 && tiling[2] >= 1 &&
-                  key.size(-2) % tiling[2] == 0 && query.numel() > 0, "natten: _cpu_tiled_forward: bad tiling");
+  const bool zero = tiling.size() == 4 && tiling[0] == 0;  // the tiling that the kernels choose
+  STD_TORCH_CHECK(query.numel() > 0 && (zero || (tiling.size() == 4 && tiling[0] >= 1 && tiling[1] >= 1 && tiling[1] <= 4 &&
+                  tiling[2] >= 1 && key.size(-2) % tiling[2] == 0)), "natten: _cpu_tiled_forward: bad tiling");
   Integers shape = sizes_of(query);
   shape.back() = value.size(-1);
   Tensor out = torch::stable::new_empty(query, shape);

@@ -24,11 +24,11 @@ template <class T> struct Scratch {
   T* packed;
 
   static int64_t carve(const Problem& p, void* memory, Scratch* scratch) {
-    char* cursor = static_cast<char*>(memory);
+    int64_t used = 0;
     auto take = [&](int64_t bytes) {
-      char* piece = cursor;
-      cursor += (bytes + 127) / 64 * 64;  // at least one line between pieces
-      return piece;
+      const int64_t piece = used;
+      used += (bytes + 127) / 64 * 64;  // at least one line between pieces
+      return memory ? static_cast<char*>(memory) + piece : nullptr;
     };
     Scratch s;
     s.window = reinterpret_cast<List*>(take(sizeof(List)));
@@ -42,7 +42,7 @@ template <class T> struct Scratch {
     s.sum_value = row(p.value_dim);
     s.packed = reinterpret_cast<T*>(take(kBlock * larger(p.head_dim, p.value_dim) * sizeof(T)));
     if (scratch) *scratch = s;
-    return cursor - static_cast<char*>(memory);
+    return used;
   }
   static int64_t bytes(const Problem& p) { return carve(p, nullptr, nullptr); }
 };

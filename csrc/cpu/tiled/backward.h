@@ -88,7 +88,7 @@ template <class T> struct Backward {
     additional[1] = p.grad_additional_values.data ? c.take<A>(t.heads_together * p.additional * keys.value.pitch) : nullptr;
     visits = c.take<Visit<A>>(t.rows * visits_per_row());
     key_row = c.take<KeyRow>(keys.rows());
-    bytes = c.at - static_cast<char*>(memory);
+    bytes = c.used;
     most = int(smaller(outputs_per_call(columns_per_call(int(larger(keys.key.pitch, keys.value.pitch) / W))), p.axis[2].kernel));
   }
   int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }

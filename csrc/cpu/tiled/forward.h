@@ -45,7 +45,7 @@ template <class T> struct Forward {
     sums = c.take<A>(kMaxOutputs * keys.value.pitch);
     inverse = c.take<A>(t.rows * t.chunk * W);
     visits = c.take<Visit<A>>(t.rows * visits_per_row());
-    bytes = c.at - static_cast<char*>(memory);
+    bytes = c.used;
     most = int(smaller(outputs_per_call(columns_per_call(int(keys.value.pitch / W))), p.axis[2].kernel));
   }
   int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }

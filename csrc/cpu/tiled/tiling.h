@@ -142,11 +142,12 @@ struct Owner {
 
 // A piece of scratch memory, cut up; with no memory it only measures.
 struct Carver {
-  char* at;
+  char* memory;
+  int64_t used = 0;
   template <class T> T* take(int64_t count) {
-    char* piece = at;
-    at += (count * int64_t(sizeof(T)) + 127) / 64 * 64;  // at least one line between pieces
-    return reinterpret_cast<T*>(piece);
+    const int64_t piece = used;
+    used += (count * int64_t(sizeof(T)) + 127) / 64 * 64;  // at least one line between pieces
+    return memory ? reinterpret_cast<T*>(memory + piece) : nullptr;
   }
 };
 
