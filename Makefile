@@ -36,7 +36,7 @@ lint: $(ready)
 	$(PY) -m mypy natten_ops lowerings
 
 bench: build
-	$(PY) bench/run.py --out bench/results/cpu.csv
+	$(PY) bench/run.py --rounds 5 --out bench/results/cpu.csv
 	$(PY) bench/compare.py bench/results/cpu.csv --report docs/benchmarks.md
 
 build: $(ready)
@@ -72,6 +72,6 @@ $(ready): pyproject.toml Makefile
 	touch $@
 
 clean:
-	rm -rf build dist demo_out .venv
+	rm -rf build dist demo_out .asan .venv
 
 .PHONY: demo test test-slow lint bench build asan wheel clean

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -39,27 +40,22 @@ inline cpu::Dtype cpu_dtype(const Tensor& tensor) {
   }
 }
 
-// The scratch of one thread.
-class ScratchMemory {
- public:
-  explicit ScratchMemory(int64_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(64, size_t((bytes + 127) / 64 * 64)))) {
-    STD_TORCH_CHECK(memory_ != nullptr, "natten: out of memory for ", bytes, " bytes of scratch");
-  }
-  void* get() const { return memory_.get(); }
-
- private:
-  struct Free { void operator()(char* p) const { std::free(p); } };
-  std::unique_ptr<char, Free> memory_;
-};
+// The scratch of one thread; null if there is no memory.
+struct Free { void operator()(void* p) const { std::free(p); } };
+using ScratchMemory = std::unique_ptr<void, Free>;
+inline ScratchMemory make_scratch(int64_t bytes) { return ScratchMemory(std::aligned_alloc(64, size_t((bytes + 127) / 64 * 64))); }
 
 // Runs a pass over [0, items) in `parts` shares. Every item is computed alike whichever share it falls into.
 inline void run_parts(cpu::Pass pass, const Problem& problem, int64_t items, int64_t scratch_bytes, int64_t parts) {
   if (items == 0) return;
+  std::atomic<bool> enough{true};  // what a thread throws reaches the caller without its words
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    const ScratchMemory scratch(scratch_bytes);
-    for (int64_t part = first; part < last; ++part)
+    const ScratchMemory scratch = make_scratch(scratch_bytes);
+    if (!scratch) enough = false;
+    for (int64_t part = first; scratch && part < last; ++part)
       pass(problem, scratch.get(), part, items * part / parts, items * (part + 1) / parts);
   });
+  STD_TORCH_CHECK(enough, "natten: out of memory for ", scratch_bytes, " bytes of scratch a thread");
 }
 
 // As many shares as there are threads, but none of fewer than kGrain multiply-adds: waking a thread costs about 5 us.

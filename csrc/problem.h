@@ -39,4 +39,14 @@ constexpr int64_t kMaxTiledBytes = 2 << 20;
 // Parts of the work on gradients that all queries share: a constant number, so that the result does not depend on threads.
 constexpr int kParts = 16;
 
+namespace {  // internal linkage, as in geometry.h
+
+// Entries of one head's bias table.
+inline int64_t table_size(const Problem& p) {
+  int64_t size = 1;
+  for (int a = 0; a < kAxes; ++a) size *= 2 * p.axis[a].kernel - 1;
+  return size;
+}
+
+}  // namespace
 }  // namespace natten

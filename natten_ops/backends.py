@@ -118,7 +118,7 @@ def describe(inputs: Sequence[Tensor | None], params: NAParams, box: Box | None,
     tile_bytes = 0
     if query.device.type == "cpu" and query.dtype in ALL_DTYPES:
         # Shapes alone count; fresh tensors of them, because those at hand may be batched by vmap.
-        shells = [None if t is None else torch.empty((), dtype=t.dtype).expand(t.shape) for t in inputs]
+        shells = [None if t is None else torch.empty((), dtype=t.dtype, device="cpu").expand(t.shape) for t in inputs]
         lists = [list(entry) for entry in params], [list(entry) for entry in box or ((), (), ())]
         tile_bytes = torch.ops.natten._cpu_tiled_scratch_bytes(*shells[:3], *lists[0], *shells[3:], *lists[1])
     head_dim = min(query.shape[-1], value.shape[-1])

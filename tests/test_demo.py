@@ -11,7 +11,7 @@ import pytest
 import torch
 
 for module in ("sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(module)
+    pytest.importorskip(module, reason=f"the demo needs {module}, of the extra demo")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

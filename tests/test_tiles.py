@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from samples import DTYPES, NAMED, Problem, differentiable, expected, problems, run, with_tensors
 
+import natten_ops
 from natten_ops import backends
 
 TILED, GENERAL = (backends.by_name(name).id for name in ("cpu-tiled", "cpu-general"))
@@ -61,21 +62,17 @@ def test_any_problem_equals_the_general_kernels(problem):
 
 @pytest.mark.parametrize("name", ["plain", "everything", "volume", "one_dim"])
 @pytest.mark.parametrize("level", ["default", "avx2"])
-def test_every_instruction_set_gives_the_same_numbers(level, name):
+def test_every_instruction_set_gives_the_same_numbers(level, name, tmp_path):
     """A lower instruction set in a process of its own, against this process."""
     program = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_tiles as t\n"
         "torch.save([t.everything(t.NAMED[sys.argv[2]], t.TILED, d) for d in t.DTYPES], sys.argv[3])"
     )
     here = os.path.dirname(os.path.abspath(__file__))
-    path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"natten_ops_{level}_{name}_{os.getpid()}.pt")
+    path = tmp_path / "results.pt"
     environment = {**os.environ, "NATTEN_OPS_CPU_CAPABILITY": level}
     subprocess.run([sys.executable, "-c", program, here, name, path], env=environment, check=True, timeout=300)
-    try:
-        there = torch.load(path)
-    finally:
-        os.remove(path)
-    for dtype, results in zip(DTYPES, there):
+    for dtype, results in zip(DTYPES, torch.load(path)):
         for have, want in zip(results, everything(NAMED[name], TILED, dtype)):
             torch.testing.assert_close(have, want)
 
@@ -94,9 +91,12 @@ def test_scratch_does_not_grow_with_the_image():
 def test_named_tiles_never_fall_back():
     """What the tiled kernels do not take raises with the reason, in the op and in Python; unnamed it runs."""
     too_large = Problem((70, 70), (65, 65), head_dim=64, batch=1, heads=1)
+    bound = backends.by_name("cpu-tiled").max_tile_bytes  # the library's is problem.h's: one number
     for problem, word in ((Problem((7,), (3,), scale=-1.0), "positive scales"), (too_large, "the window is too large")):
         inputs = problem.make(torch.float32)
-        with pytest.raises(RuntimeError, match="backend=2 .cpu-tiled. cannot run this problem"):
+        with pytest.raises(
+            RuntimeError, match=f"backend=2 .cpu-tiled. cannot run this problem.* at most {bound} bytes"
+        ):
             run(inputs, problem, TILED)
         described = backends.describe(inputs, *problem.geometry(), problem.scale)
         with pytest.raises(ValueError, match=word):
@@ -125,3 +125,26 @@ def test_tiny_and_huge_numbers(backend):
     inputs.rpb[0, 2] = -torch.inf
     for have, want in zip(run(inputs, problem, backend), expected(inputs, problem)):
         torch.testing.assert_close(have.double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_naming_tiles_heeds_no_default_device():
+    """The choice asks for shapes with tensors of its own, which must not follow torch's default device."""
+    query = torch.randn(1, 9, 2, 8)
+    want = natten_ops.na1d(query, query, query, kernel_size=3)
+    with torch.device("meta"):
+        assert torch.equal(natten_ops.na1d(query, query, query, kernel_size=3, backend="cpu-tiled"), want)
+
+
+def test_no_memory_for_scratch_says_so():
+    """A head dim of a million takes 134 MB a row block of the general kernels; the child may take 64 MB more."""
+    program = (
+        "import resource, torch, natten_ops\n"
+        "q = torch.zeros(1, 3, 1, 2**20, dtype=torch.float64)\n"
+        "natten_ops.na1d(q[..., :4], q[..., :4], q[..., :4], kernel_size=3, backend='cpu-general')\n"
+        "now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (now + 2**26, now + 2**26))\n"
+        "try: natten_ops.na1d(q, q, q, kernel_size=3, backend='cpu-general')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "natten: out of memory for" in done.stdout, done.stdout + done.stderr

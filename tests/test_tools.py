@@ -145,7 +145,7 @@ def test_mistakes_are_value_errors(query, geometry, message):
 
 
 def test_pictures_are_files(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the extra demo")
     figures = {
         "row": draw_window((12,), (3,), kernel_size=5),
         "grid": draw_window((12, 12), (3, 3), kernel_size=5, dilation=2),
@@ -166,7 +166,7 @@ def test_missing_matplotlib_names_the_extra(monkeypatch):
 
 
 def test_command_line(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the extra demo")
     shown = tools("show", "--shape", "9,9", "--kernel-size", "3,2", "--query", "4,4", "--causal", "true,false")
     assert shown.returncode == 0
     assert shown.stdout.rstrip() == show((9, 9), (4, 4), kernel_size=(3, 2), is_causal=(True, False))

@@ -7,6 +7,7 @@
 // 448x448 over that at 56x56 was 1.02 with segments and 1.04 without (median of 9, one thread). Smaller L2: not measured.
 #pragma once
 #include "dispatch.h"
+#include "carver.h"
 #include "rows.h"
 
 namespace natten {
@@ -24,25 +25,19 @@ template <class T> struct Scratch {
   T* packed;
 
   static int64_t carve(const Problem& p, void* memory, Scratch* scratch) {
-    int64_t used = 0;
-    auto take = [&](int64_t bytes) {
-      const int64_t piece = used;
-      used += (bytes + 127) / 64 * 64;  // at least one line between pieces
-      return memory ? static_cast<char*>(memory) + piece : nullptr;
-    };
+    Carver carver{static_cast<char*>(memory)};
     Scratch s;
-    s.window = reinterpret_cast<List*>(take(sizeof(List)));
-    s.extra = reinterpret_cast<List*>(take(sizeof(List)));
-    auto row = [&](int64_t count) { return reinterpret_cast<A*>(take(count * int64_t(sizeof(A)))); };
-    s.scores = row(kChunk + 16);
-    s.slopes = row(kChunk + 16);
-    s.query = row(p.head_dim);
-    s.sum_head = row(p.head_dim);
-    s.grad = row(p.value_dim);
-    s.sum_value = row(p.value_dim);
-    s.packed = reinterpret_cast<T*>(take(kBlock * larger(p.head_dim, p.value_dim) * sizeof(T)));
+    s.window = carver.take<List>(1);
+    s.extra = carver.take<List>(1);
+    s.scores = carver.take<A>(kChunk + 16);
+    s.slopes = carver.take<A>(kChunk + 16);
+    s.query = carver.take<A>(p.head_dim);
+    s.sum_head = carver.take<A>(p.head_dim);
+    s.grad = carver.take<A>(p.value_dim);
+    s.sum_value = carver.take<A>(p.value_dim);
+    s.packed = carver.take<T>(kBlock * larger(p.head_dim, p.value_dim));
     if (scratch) *scratch = s;
-    return used;
+    return carver.used;
   }
   static int64_t bytes(const Problem& p) { return carve(p, nullptr, nullptr); }
 };
@@ -144,13 +139,6 @@ NATTEN_INLINE void to_logits(const Problem& p, int64_t head, const int64_t* bias
     return;
   }
   for (int64_t i = 0; i < count; ++i) scores[i] = scores[i] * scale + bias_at<T>(p, head, bias[i]);
-}
-
-// Entries of one head's bias table.
-NATTEN_INLINE int64_t table_size(const Problem& p) {
-  int64_t size = 1;
-  for (int a = 0; a < kAxes; ++a) size *= 2 * p.axis[a].kernel - 1;
-  return size;
 }
 
 // Fill up to a whole vector.

@@ -10,6 +10,7 @@
 // Why delta is not <dout, out>, which is the same number: out has been rounded to the type of the inputs. Where
 // <dout, v> - delta cancels, gradients were off by 20 times the error of torch's op in float16. Division by sum of P
 // removes the rounding of lse, which at |lse| = 15 is 5e-7 of every weight and of delta.
+#include "dtypes.h"
 #include "general.h"
 
 namespace natten {
@@ -260,12 +261,7 @@ template <class T> cpu::BackwardKernels make() {
 
 namespace cpu::NATTEN_ISA {
 BackwardKernels backward_kernels(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64: return make<double>();
-    case Dtype::float32: return make<float>();
-    case Dtype::float16: return make<float16>();
-    default: return make<bfloat16>();
-  }
+  return with_element(dtype, [](auto element) { return make<decltype(element)>(); });
 }
 }  // namespace cpu::NATTEN_ISA
 }  // namespace natten

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Forward of the general path: one query at a time, online softmax over chunks of its window. Compiled once per ISA.
+#include "dtypes.h"
 #include "general.h"
 
 namespace natten {
@@ -79,12 +80,7 @@ template <class T> cpu::ForwardKernels make() { return {query_items, Scratch<T>:
 
 namespace cpu::NATTEN_ISA {
 ForwardKernels forward_kernels(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64: return make<double>();
-    case Dtype::float32: return make<float>();
-    case Dtype::float16: return make<float16>();
-    default: return make<bfloat16>();
-  }
+  return with_element(dtype, [](auto element) { return make<decltype(element)>(); });
 }
 }  // namespace cpu::NATTEN_ISA
 }  // namespace natten

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The tiled path's backward as passes over the owners of each colour. Compiled once per ISA.
-#include "dispatch.h"
+#include "dtypes.h"
 #include "tiled/backward.h"
 
 namespace natten {
@@ -13,11 +13,6 @@ template <class T> int64_t owners(const Problem& p, int colour) {
 template <class T> int64_t scratch_bytes(const Problem& p) {
   const Problem q = turned(p);
   return Backward<T>(q, Backward<T>::tiling(q), nullptr).bytes;
-}
-int64_t table_size(const Problem& p) {
-  int64_t size = 1;
-  for (int a = 0; a < kAxes; ++a) size *= 2 * p.axis[a].kernel - 1;
-  return size;
 }
 template <class A> int64_t pitch_of(int64_t dim) { return round_up(dim, kLanes<A>); }
 // Of each part: sums of the bias tables, of the additional keys and of the additional values.
@@ -91,12 +86,7 @@ template <class T> cpu::TiledBackwardKernels make() {
 
 namespace cpu::NATTEN_ISA {
 TiledBackwardKernels tiled_backward_kernels(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64: return make<double>();
-    case Dtype::float32: return make<float>();
-    case Dtype::float16: return make<float16>();
-    default: return make<bfloat16>();
-  }
+  return with_element(dtype, [](auto element) { return make<decltype(element)>(); });
 }
 }  // namespace cpu::NATTEN_ISA
 }  // namespace natten

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The tiled path's forward as a pass over owners. Compiled once per ISA.
-#include "dispatch.h"
+#include "dtypes.h"
 #include "tiled/forward.h"
 
 namespace natten {
@@ -25,12 +25,7 @@ template <class T> cpu::ForwardKernels make() { return {owners<T>, scratch_bytes
 
 namespace cpu::NATTEN_ISA {
 ForwardKernels tiled_forward_kernels(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64: return make<double>();
-    case Dtype::float32: return make<float>();
-    case Dtype::float16: return make<float16>();
-    default: return make<bfloat16>();
-  }
+  return with_element(dtype, [](auto element) { return make<decltype(element)>(); });
 }
 }  // namespace cpu::NATTEN_ISA
 }  // namespace natten

@@ -205,7 +205,7 @@ def integer(name: str, value: Any) -> int:
 
 def check_integer(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is an int or a SymInt (which `integer` would make concrete)."""
-    if type(value) is int:  # the common case: asking for the protocol took 8 us an entry
+    if type(value) is int:  # the common case: asking for the protocol took 20 us a call
         return
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an int")

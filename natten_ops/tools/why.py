@@ -71,7 +71,7 @@ def why(
 def _problem(params: NAParams, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> backends.Problem:
     if device.type != "cpu":  # the device need not be present
         return backends.Problem(device.type, dtype)
-    tensor = torch.empty((), dtype=dtype).expand(*shape)
+    tensor = torch.empty((), dtype=dtype, device="cpu").expand(*shape)
     return backends.describe([tensor, tensor, tensor, None, None, None, None], params, None, None)
 
 

@@ -5,6 +5,7 @@
 // key head); it walks blocks of up to kRows rows and keeps the rows of keys that they see in a ring. Outer axes are lists
 // of rows only. Queries of one block row are handled in chunks of a few vectors.
 #pragma once
+#include "../carver.h"
 #include "axis.h"
 #include "pack.h"
 
@@ -30,7 +31,7 @@ inline Problem turned(const Problem& p) {
   }
   Problem q = p;
   Rows* const rows[] = {&q.query, &q.key, &q.value, &q.out, &q.lse, &q.rpb, &q.key_mask, &q.grad_out, &q.grad_lse,
-                        &q.grad_query, &q.grad_key, &q.grad_value, &q.delta, &q.row_lse, &q.grad_rpb, &q.sum_key, &q.sum_value};
+                        &q.grad_query, &q.grad_key, &q.grad_value, &q.sum_key, &q.sum_value};
   const int64_t* const from[] = {p.q_shape, p.kv_shape, p.q_origin, p.kv_origin};
   int64_t* const to[] = {q.q_shape, q.kv_shape, q.q_origin, q.kv_origin};
   for (int a = 0; a < kAxes; ++a) {
@@ -137,17 +138,6 @@ struct Owner {
     const int64_t width = t.strip * t.strips_together, heads = p.heads_kv / t.heads_together;
     return {pair / heads, pair % heads * t.heads_together, range * t.range, smaller((range + 1) * t.range, p.q_shape[1]),
             strip * width, smaller((strip + 1) * width, p.q_shape[2])};
-  }
-};
-
-// A piece of scratch memory, cut up; with no memory it only measures.
-struct Carver {
-  char* memory;
-  int64_t used = 0;
-  template <class T> T* take(int64_t count) {
-    const int64_t piece = used;
-    used += (count * int64_t(sizeof(T)) + 127) / 64 * 64;  // at least one line between pieces
-    return memory ? reinterpret_cast<T*>(memory + piece) : nullptr;
   }
 };
 
@@ -262,8 +252,8 @@ template <class A> struct Strip {
 };
 
 // Heads of keys that one owner walks together. Heads-last, one head is a fraction of a token's memory, and an image that
-// no cache holds is read once for every owner of a token: at 448x448 with two heads of 32, two owners took 1.5 times as
-// long as one (the same image with one head took half as long as one of those).
+// no cache holds is read again by every owner of its tokens: at 448x448 with two heads of 32, an owner for each head took
+// 1.6 times as long as one for both.
 template <class T> inline int64_t heads_that_share_pages(const Problem& p) {
   constexpr int64_t kCached = 8 << 20, kSpan = 1024;
   const int64_t token = p.head_dim * int64_t(sizeof(T)), image = p.kv_shape[0] * p.kv_shape[1] * p.kv_shape[2] * p.heads_kv * token;

@@ -113,7 +113,7 @@ template <class T> NATTEN_INLINE void store_narrow_part(T* p, Vector<Accumulate<
   for (int i = 0; i < count; ++i) narrow(v[i], p + i);
 }
 
-// ln x of numbers that are at least 1 (absolute error 1e-7 below 100), -inf for 0: the exponent by bits, the mantissa in
+// ln x of numbers that are at least 1 (absolute error 3e-7 below 100), -inf for 0: the exponent by bits, the mantissa in
 // [0.71, 1.41) by the series of atanh.
 NATTEN_INLINE Vector<float> log_of_sum(Vector<float> x) {
   typedef int32_t Bits __attribute__((vector_size(NATTEN_VECTOR_BYTES)));
