@@ -46,6 +46,12 @@ def below_autograd(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
 
 
+def past_autograd(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the next kernel below autograd; right where nothing records derivatives."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args, **kwargs)
+
+
 def records_derivatives(tensors: Sequence[Tensor | None]) -> bool:
     """Whether some level wants derivatives; levels and forward mode cannot be read off requires_grad."""
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
@@ -59,8 +65,7 @@ def register_autograd(name: str, op: Any, function: Any, split: Callable[..., tu
     def kernel(*args: Any, **kwargs: Any) -> Any:
         settings, tensors = split(*args, **kwargs)
         if not records_derivatives(tensors):
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*args, **kwargs)
+            return past_autograd(op, *args, **kwargs)
         with enable_single_level_autograd_function():
             return function.apply(settings, *tensors)
 

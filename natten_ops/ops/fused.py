@@ -20,6 +20,8 @@ from natten_ops.ops._register import (
     SingleLevelFunction,
     below_autograd,
     no_autocast,
+    past_autograd,
+    records_derivatives,
     register_autocast,
     register_autograd,
     register_composite,
@@ -194,7 +196,9 @@ class _Forward(SingleLevelFunction):
         wanted = dict(zip(Inputs._fields, ctx.needs_input_grad[1:]))
         needed = [wanted[name] for name in GRADIENTS]
         settings = ctx.settings, needed, torch.are_deterministic_algorithms_enabled()
-        gradients = dict(zip(GRADIENTS, _call_backward(settings, [grad_out, grad_lse, out, lse, *tensors])))
+        saved = [grad_out, grad_lse, out, lse, *tensors]
+        call = _direct if records_derivatives(saved) else past_autograd
+        gradients = dict(zip(GRADIENTS, _call_backward(settings, saved, call)))
         return None, *(gradients[name] if wanted[name] else None for name in Inputs._fields[:-1]), None
 
     @staticmethod
