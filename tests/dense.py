@@ -43,7 +43,19 @@ def _bias(inputs: Inputs, problem: Problem) -> Tensor:
 
 
 def errors_of_torch(inputs: Inputs, problem: Problem, grad_out: Tensor) -> tuple[float, list[float]]:
-    """Largest error of torch's op in the inputs' dtype against float64: of out, and of each gradient."""
+    """Largest error of torch's op in the inputs' dtype against float64: of out, and of each gradient.
+
+    One number alone is right by chance: the gradient of a lone additional key sums a thousand terms, and torch's error of
+    it varies 13 times with grad_out. Of such a gradient the error is the largest of four draws.
+    """
+    draws = [grad_out]
+    if any(0 < t.numel() < 32 for t in differentiable(inputs)):
+        draws += [grad_out.roll(shift) for shift in (7, 11, 13)]  # of the flattened numbers
+    found = [_errors(inputs, problem, draw) for draw in draws]
+    return found[0][0], [max(of_draws) for of_draws in zip(*(grads for _, grads in found))]
+
+
+def _errors(inputs: Inputs, problem: Problem, grad_out: Tensor) -> tuple[float, list[float]]:
     results = []
     for dtype in (torch.float64, inputs.query.dtype):
         leaves = [t.detach().to(dtype).requires_grad_() for t in differentiable(inputs)]

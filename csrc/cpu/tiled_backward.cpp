@@ -7,11 +7,11 @@ namespace natten {
 namespace {
 
 template <class T> int64_t owners(const Problem& p, int colour) {
-  const Problem q = turned(p);
+  const Problem q = turned<Accumulate<T>>(p);
   return Owner::count(q, Backward<T>::tiling(q), colour);
 }
 template <class T> int64_t scratch_bytes(const Problem& p) {
-  const Problem q = turned(p);
+  const Problem q = turned<Accumulate<T>>(p);
   return Backward<T>(q, Backward<T>::tiling(q), nullptr).bytes;
 }
 template <class A> int64_t pitch_of(int64_t dim) { return round_up(dim, kLanes<A>); }
@@ -31,7 +31,7 @@ template <class T> int64_t partial_size(const Problem& p) {
 
 template <class T, int COLOUR> void backward(const Problem& p, void* memory, int64_t part, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
-  const Problem q = turned(p);
+  const Problem q = turned<Accumulate<T>>(p);
   Backward<T> pass(q, Backward<T>::tiling(q), memory);
   int64_t size[3];
   partial_sizes<T>(p, size);

@@ -7,15 +7,15 @@ namespace natten {
 namespace {
 
 template <class T> int64_t owners(const Problem& p) {
-  const Problem q = turned(p);
+  const Problem q = turned<Accumulate<T>>(p);
   return Forward<T>::tiling(q).owners(q);
 }
 template <class T> int64_t scratch_bytes(const Problem& p) {
-  const Problem q = turned(p);
+  const Problem q = turned<Accumulate<T>>(p);
   return Forward<T>(q, Forward<T>::tiling(q), nullptr).bytes;
 }
 template <class T> void forward(const Problem& p, void* memory, int64_t, int64_t begin, int64_t end) {
-  const Problem q = turned(p);
+  const Problem q = turned<Accumulate<T>>(p);
   Forward<T> pass(q, Forward<T>::tiling(q), memory);
   for (int64_t item = begin; item < end; ++item) pass.run(Owner::of(q, pass.t, item));
 }

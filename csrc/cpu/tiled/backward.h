@@ -89,6 +89,7 @@ template <class T> struct Backward {
     visits = c.take<Visit<A>>(t.rows * visits_per_row());
     key_row = c.take<KeyRow>(keys.rows());
     bytes = c.used;
+    if (memory) keys.clear();
     most = int(smaller(outputs_per_call(columns_per_call(int(larger(keys.key.pitch, keys.value.pitch) / W))), p.axis[2].kernel));
   }
   int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }

@@ -47,6 +47,7 @@ template <class T> struct Forward {
     inverse = c.take<A>(t.rows * t.chunk * W);
     visits = c.take<Visit<A>>(t.rows * visits_per_row());
     bytes = c.used;
+    if (memory) keys.clear();
     most = int(smaller(outputs_per_call(columns_per_call(int(keys.value.pitch / W))), p.axis[2].kernel));
   }
   int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }

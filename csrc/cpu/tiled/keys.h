@@ -198,11 +198,15 @@ template <class T> struct PackedKeys {
     form.additional[1] = form.dense ? c.take<A>(heads * form.additional_size[1]) : nullptr;
   }
 
+  // Once, before the first owner: loads of whole vectors reach past the packed columns, for lanes whose results nobody
+  // reads. Whatever memory holds may be denormal, which is slow; later they find columns of earlier rows.
+  void clear() const {
+    for (const Form& f : form)
+      if (f.transposed) std::memset(f.ring[0], 0, size_t(t.heads_together * rows() * f.size[0]) * sizeof(A));
+  }
   // Another owner: the ring is empty.
   void start(const Owner& owner) const {
     ring.clear();
-    for (const Form& f : form)  // loads reach past the packed columns: let them find numbers
-      if (f.transposed) std::memset(f.ring[0], 0, size_t(t.heads_together * rows() * f.size[0]) * sizeof(A));
     for (int64_t n = 0; p.additional && n < t.heads_together; ++n) {
       pack_additional(owner, p.additional_keys, key, n);
       pack_additional(owner, p.additional_values, value, n);

@@ -14,21 +14,22 @@ namespace {
 
 NATTEN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// The same problem with its axes reordered: the longest becomes the innermost, whose queries are lanes.
-inline Problem turned(const Problem& p) {
-  int order[kAxes] = {0, 1, 2};
-  for (int a = 0; a < 2; ++a)  // stable: equal axes keep their order, which is that of memory
-    for (int b = 0; b < 2; ++b)
-      if (p.q_shape[order[b]] > p.q_shape[order[b + 1]]) {
-        const int t = order[b];
-        order[b] = order[b + 1], order[b + 1] = t;
-      }
-  if (p.q_shape[order[2]] < 2 * p.q_shape[2]) {  // not worth walking memory across: the innermost stays
-    int at = 0;
-    while (order[at] != 2) ++at;
-    for (; at < 2; ++at) order[at] = order[at + 1];
-    order[2] = 2;
-  }
+// How well an axis serves as the innermost: how many of its lanes are filled, and how many slots share a load of the
+// query. Memory is walked across unless the last axis is a quarter worse.
+template <class A> inline double merit(const Problem& p, int a) {
+  const double length = double(p.q_shape[a]), kernel = double(p.axis[a].kernel);
+  return length / double(round_up(p.q_shape[a], kLanes<A>)) * kernel / (kernel + 1) * (a == 2 ? 1.25 : 1);
+}
+
+// The same problem with its axes reordered: the best becomes the innermost, whose queries are lanes; of the other two the
+// longer is in the middle.
+template <class A> inline Problem turned(const Problem& p) {
+  int inner = 2;
+  for (int a = 1; a >= 0; --a)
+    if (merit<A>(p, a) > merit<A>(p, inner)) inner = a;
+  const int first = inner == 0 ? 1 : 0, second = 3 - inner - first;
+  const bool swap = p.q_shape[first] > p.q_shape[second];
+  const int order[kAxes] = {swap ? second : first, swap ? first : second, inner};
   Problem q = p;
   Rows* const rows[] = {&q.query, &q.key, &q.value, &q.out, &q.lse, &q.rpb, &q.key_mask, &q.grad_out, &q.grad_lse,
                         &q.grad_query, &q.grad_key, &q.grad_value, &q.sum_key, &q.sum_value};
