@@ -36,8 +36,8 @@ lint: $(ready)
 	$(PY) -m mypy natten_ops lowerings
 
 bench: build
-	$(PY) bench/run.py --rounds 5 --out bench/results/cpu.csv
-	$(PY) bench/compare.py bench/results/cpu.csv --report docs/benchmarks.md
+	$(PY) -m bench.run --rounds 5 --out bench/results/cpu.csv
+	$(PY) -m bench.compare bench/results/cpu.csv --report docs/benchmarks.md
 
 build: $(ready)
 	$(pip) install -q --no-deps --no-build-isolation -e .

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """CSV files of bench/run.py for a person to read.
 
-python bench/compare.py before.csv after.csv [--plot picture.png]    two runs side by side
-python bench/compare.py rows.csv --report docs/benchmarks.md         one run as a page, with a picture beside it
+python -m bench.compare before.csv after.csv [--plot picture.png]    two runs side by side
+python -m bench.compare rows.csv --report docs/benchmarks.md         one run as a page, with a picture beside it
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ def table(before: Rows, after: Rows) -> list[str]:
     return lines
 
 
-def page(rows: Rows, picture: str) -> list[str]:
+def page(rows: Rows, picture: str, roofline_picture: str) -> list[str]:
     """One run: how fast our op is as a share of sgemm, and how many times as long the others take."""
     first = next(iter(rows.values()))
-    others = [name for name in dict.fromkeys(backend for _, backend, _ in rows) if name != "natten_ops"]
+    others = [name for name in dict.fromkeys(backend for _, backend, _ in rows) if name not in ("natten_ops", "copy")]
     lines = [
         "# Benchmarks",
         "",
@@ -47,6 +48,10 @@ def page(rows: Rows, picture: str) -> list[str]:
         "`dense_sdpa` attends to everything: another function, a floor. Empty: cannot do it, or would take minutes.",
         "",
         f"![share of sgemm]({picture})",
+        "",
+        "The roofline: where a case lies under the two floors of the machine, sgemm and a copy of its tensors.",
+        "",
+        f"![roofline]({roofline_picture})",
         "",
         f"| case | pass | ms | of sgemm | {' | '.join(others)} |",
         "| --- | --- | --- | --- |" + " --- |" * len(others),
@@ -82,10 +87,37 @@ def plot(series: dict[str, Rows], keys: list[Key], path: Path) -> None:
     figure.savefig(path)
 
 
+def roofline(rows: Rows, path: Path) -> None:
+    """Share of sgemm over FLOPs a byte of query, key, value and output; lines at sgemm and at what a copy moves."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    copies = []
+    for (case, backend, kind), row in rows.items():
+        if kind != "forward" or backend not in ("natten_ops", "copy"):
+            continue
+        # `of_sgemm` of a copy is its time told in the case's FLOPs: divided by FLOPs a byte, bytes a sgemm FLOP.
+        intensity = int(row["flops"]) / int(row["bytes"])
+        if backend == "copy":
+            copies.append(float(row["of_sgemm"]) / intensity)
+            continue
+        axes.plot(intensity, float(row["of_sgemm"]), "o", color="tab:blue")
+        axes.annotate(case, (intensity, float(row["of_sgemm"])), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    moved = statistics.median(copies)
+    reach = [2.0, 500.0]
+    corner = 1 / moved
+    axes.plot([reach[0], corner, reach[1]], [moved * reach[0], 1, 1], color="black", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="useful FLOPs a byte of query, key, value and output")
+    axes.set(ylabel="share of sgemm 1024^3", title="forward; black: a copy of the tensors, and sgemm")
+    figure.savefig(path)
+
+
 def by_backend(rows: Rows) -> tuple[dict[str, Rows], list[Key]]:
     """A run's rows as one series for each backend, all under the keys of ours."""
     series: dict[str, Rows] = {}
     for (case, backend, kind), row in rows.items():
+        if backend == "copy":
+            continue
         series.setdefault(backend, {})[case, "natten_ops", kind] = row
     return series, list(series["natten_ops"])
 
@@ -100,7 +132,10 @@ def main() -> None:
     if options.report:
         picture = options.report.parent / "images" / "benchmarks.png"
         plot(*by_backend(runs[0]), picture)
-        options.report.write_text("\n".join(page(runs[0], f"images/{picture.name}")) + "\n")
+        roof = picture.with_name("roofline.png")
+        roofline(runs[0], roof)
+        lines = page(runs[0], f"images/{picture.name}", f"images/{roof.name}")
+        options.report.write_text("\n".join(lines) + "\n")
     elif len(runs) == 2:
         print("\n".join(table(*runs)))
         if options.plot:

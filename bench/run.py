@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Times the cases, contenders interleaved in one process, and writes CSV rows; ratios are what counts.
 
-python bench/run.py                                    every case of the CPU suite
-python bench/run.py headline scaling                   the cases whose names begin with a word
-python bench/run.py --suite smoke --out rows.csv       two cases, to a file
+python -m bench.run                                    every case of the CPU suite
+python -m bench.run headline dilated                   the cases whose names begin with a word
+python -m bench.run scaling threads                    the cost of a pixel by size; the gain of threads
+python -m bench.run --suite smoke --out rows.csv       two cases, to a file
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import SCALING, SUITES, Case
-from contenders import SGEMM_FLOPS, calls, check, contenders, ours, sgemm
+
+from bench.cases import CASES, SCALING, SUITES, Case
+from bench.contenders import SGEMM_FLOPS, calls, check, contenders, copy, ours, sgemm
 
 FIELDS = (
     "case", "backend", "pass", "p20_ms", "p50_ms", "p80_ms", "bytes", "flops", "of_sgemm", "times_natten_ops",
@@ -90,7 +92,7 @@ def time_case(case: Case, options: argparse.Namespace, commit: str) -> Iterator[
         found = contenders(case, inputs, kind, not options.ours)
         if kind == "forward":
             check(case, inputs, found)
-        functions = {**calls(case, kind, found, inputs), "sgemm": sgemm}
+        functions = {**calls(case, kind, found, inputs), "copy": copy(inputs), "sgemm": sgemm}
         yield from rows_of(case, kind, interleave(functions, options.rounds, clock), commit)
 
 
@@ -110,6 +112,27 @@ def scaling(rounds: int) -> Iterator[str]:
     for case in SCALING:
         ratio = median_ratio(times[case.name], times[smallest.name]) * smallest.tokens / case.tokens
         yield f"{case.name}: cost of a pixel {ratio:.3f} of that at {smallest.spatial[0]}x{smallest.spatial[1]}"
+
+
+def threads(rounds: int) -> Iterator[str]:
+    """What a second thread (and all of them) gains: ours and sgemm, interleaved."""
+    most = torch.get_num_threads()
+
+    def with_threads(count: int, function: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            torch.set_num_threads(count)
+            return function()
+
+        return call
+
+    for case in CASES[:4]:
+        inputs = case.inputs()
+        work = {"natten_ops": functools.partial(ours(case, inputs, None), *inputs[:3]), "sgemm": sgemm}
+        functions = {f"{name} {n}": with_threads(n, call) for name, call in work.items() for n in (1, most)}
+        times = interleave(functions, rounds)
+        gains = [f"{name} {median_ratio(times[f'{name} 1'], times[f'{name} {most}']):.2f}" for name in work]
+        yield f"{case.name}: {most} threads gain {', '.join(gains)}"
+    torch.set_num_threads(most)
 
 
 def device_name() -> str:
@@ -141,7 +164,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if os.environ.get("GLIBC_TUNABLES") != KEEP_PAGES:  # read by the C library at start only
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": KEEP_PAGES})
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "bench.run", *sys.argv[1:]],
+            {**os.environ, "GLIBC_TUNABLES": KEEP_PAGES},
+        )
     torch.set_num_threads(options.threads)
 
     def wanted(name: str) -> bool:
@@ -157,9 +184,10 @@ def main() -> None:
         for row in time_case(case, options, commit):
             writer.writerow(row)
             stream.flush()
-    if wanted("scaling") and options.cases:
-        for line in scaling(max(5, options.rounds // 3)):
-            print(line)
+    for report in (scaling, threads):
+        if report.__name__ in options.cases:
+            for line in report(max(5, options.rounds // 3)):
+                print(line)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Are the CPU's choices good? The tiling chosen against the best of all, and tiles against the general kernels.
 
-python bench/tune_cpu.py tilings        the bench cases: chosen tiling / best of an exhaustive trial
-python bench/tune_cpu.py random         random problems: chosen kernels / general kernels, sorted
+python -m bench.tune_cpu tilings        the bench cases: chosen tiling / best of an exhaustive trial
+python -m bench.tune_cpu random         random problems: chosen kernels / general kernels, sorted
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from cases import CASES, Case
-from run import interleave, median_ratio
 
+from bench.cases import CASES, Case
+from bench.run import interleave, median_ratio
 from natten_ops import backends
 
 

@@ -3,7 +3,7 @@
 // values (lanes are the head dim).
 //
 // Lab notebook (AMD Zen 5, one thread, 56x56, 4 heads of 32, window 7x7; GF/s of the best of many calls of this header by a
-// driver that was not kept, so without torch; bench/run.py headline large has the rows that stand)
+// driver that was not kept, so without torch; bench.run headline large has the rows that stand)
 // * Everything in L2, AVX-512 80-86, AVX2 60-63; the same loop in float32 sgemm 1024^3: 90-96 a thread.
 // * Arrays of pointers moved by an offset (columns, slots) were stored one by one and loaded as vectors: 12 % of the time
 //   at 448x448, 4 % at 56x56, waiting for stores. Base pointers and an index instead.
