@@ -22,6 +22,11 @@
 namespace natten {
 namespace {
 
+#if defined(__aarch64__)
+typedef __fp16 Binary16;  // g++ 12 has no _Float16 there
+#else
+typedef _Float16 Binary16;
+#endif
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
 
@@ -34,14 +39,14 @@ template <class T> using Accumulate = std::conditional_t<std::is_same_v<T, doubl
 // ---- one element ---------------------------------------------------------------------------------------------------
 NATTEN_INLINE double widen(double x) { return x; }
 NATTEN_INLINE float widen(float x) { return x; }
-NATTEN_INLINE float widen(float16 x) { _Float16 h; std::memcpy(&h, &x, 2); return float(h); }
+NATTEN_INLINE float widen(float16 x) { Binary16 h; std::memcpy(&h, &x, 2); return float(h); }
 NATTEN_INLINE float widen(bfloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float f; std::memcpy(&f, &bits, 4); return f;
 }
 NATTEN_INLINE void narrow(double x, double* p) { *p = x; }
 NATTEN_INLINE void narrow(float x, float* p) { *p = x; }
-NATTEN_INLINE void narrow(float x, float16* p) { const _Float16 h = _Float16(x); std::memcpy(p, &h, 2); }
+NATTEN_INLINE void narrow(float x, float16* p) { const Binary16 h = Binary16(x); std::memcpy(p, &h, 2); }
 NATTEN_INLINE void narrow(float x, bfloat16* p) {  // round to nearest even; NaN stays NaN
   uint32_t bits; std::memcpy(&bits, &x, 4);
   p->bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
