@@ -59,7 +59,7 @@ def masked_sdpa(case: Case) -> Attention:
 def flex(case: Case) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    visible = mask_mod(case.params, case.spatial)
+    visible = mask_mod(case.spatial, *case.params)
     mask = create_block_mask(visible, None, None, case.tokens, case.tokens, device="cpu")
     compiled = torch.compile(functools.partial(flex_attention, block_mask=mask), fullgraph=True, dynamic=False)
     return _heads_first(case, compiled)  # the views outside: torch 2.13 fails on views of 5-D inputs inside

@@ -58,11 +58,8 @@ inline void run_parts(cpu::Pass pass, const Problem& problem, int64_t items, int
   STD_TORCH_CHECK(enough, "natten: out of memory for ", scratch_bytes, " bytes of scratch a thread");
 }
 
-// As many shares as there are threads, but none of fewer than kGrain multiply-adds: waking a thread costs about 5 us.
 inline void run(cpu::Pass pass, const Problem& problem, int64_t items, int64_t scratch_bytes, double work) {
-  constexpr double kGrain = 1 << 17;
-  int64_t parts = smaller(smaller(torch::stable::get_num_threads(), items), int64_t(work / kGrain) + 1);
-  run_parts(pass, problem, items, scratch_bytes, larger(parts, 1));
+  run_parts(pass, problem, items, scratch_bytes, useful_shares(work, smaller(torch::stable::get_num_threads(), items)));
 }
 
 }  // namespace natten

@@ -8,13 +8,6 @@ namespace {
 
 Integers sizes_of(const Tensor& tensor) { return Integers(tensor.sizes().begin(), tensor.sizes().end()); }
 
-// Multiply-adds of one product (queries x window x head dim) over the whole problem, to share out work.
-double work_of(const Problem& p) {
-  double work = double(p.batch) * double(p.heads) * double(p.head_dim + p.value_dim), window = 1;
-  for (int i = 0; i < kAxes; ++i) work *= double(p.q_shape[i]), window *= double(p.axis[i].kernel);
-  return work * (window + double(p.additional));
-}
-
 void check_backend(int64_t backend) {
   STD_TORCH_CHECK(backend == kChoose || backend == kCpuGeneral || backend == kCpuTiled, "natten: backend=", backend,
                   " cannot run on CPU tensors; use 0 (choose), 1 (cpu-general) or 2 (cpu-tiled)");

@@ -18,6 +18,7 @@ struct Problem {
   int64_t batch, heads, heads_kv, head_dim, value_dim, additional;
   int64_t q_shape[kAxes], kv_shape[kAxes], q_origin[kAxes], kv_origin[kAxes];
   Axis axis[kAxes];  // lengths are those of the global grid
+  int order[kAxes];  // of a turned problem (cpu/tiled/tiling.h): which of the caller's axes each axis is
   double scale;
   Rows query, key, value, additional_keys, additional_values, out, lse;
   Rows rpb;       // dense; token: strides of the table's axes, dim unused
@@ -46,6 +47,18 @@ inline int64_t table_size(const Problem& p) {
   int64_t size = 1;
   for (int a = 0; a < kAxes; ++a) size *= 2 * p.axis[a].kernel - 1;
   return size;
+}
+
+// Multiply-adds of one product (queries x window x head dim) over the whole problem.
+inline double work_of(const Problem& p) {
+  double work = double(p.batch) * double(p.heads) * double(p.head_dim + p.value_dim), window = 1;
+  for (int i = 0; i < kAxes; ++i) work *= double(p.q_shape[i]), window *= double(p.axis[i].kernel);
+  return work * (window + double(p.additional));
+}
+// As many shares as may be, but none of fewer than kGrain multiply-adds: waking a thread costs about 5 us.
+inline int64_t useful_shares(double work, int64_t most) {
+  constexpr double kGrain = 1 << 17;
+  return larger(smaller(most, int64_t(work / kGrain) + 1), 1);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The compiler's workshop (installed as natten_ops.lowerings), imported only while something compiles.
 
-Today the ops are extern calls in compiled graphs (`fused.py`). The room also salts Inductor's caches: a graph that was
-compiled by another version of these rules must not be taken from a cache.
+`fused.py` decides how the fused op is lowered, `template.py` writes its kernel around the engine (`engine.py`), and
+`_compat.py` knows the versions of torch. The room also salts Inductor's caches: a graph that was compiled by another
+version of these rules, or around another engine, must not be taken from a cache.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 
 
 def salt() -> str:
-    """The version and a hash of every file in this folder."""
-    digest = hashlib.sha256()
+    """The version and a hash of every file in this folder and of the engine."""
+    digest = hashlib.sha256(engine.engine_text().encode())
     for path in sorted(Path(__file__).parent.rglob("*")):
         if path.suffix in {".py", ".jinja"}:
             digest.update(path.read_bytes())
@@ -26,7 +27,7 @@ def salt() -> str:
 if __name__ != "natten_ops.lowerings":
     raise ImportError("import natten_ops.lowerings, not a bare `lowerings`: its rules would be registered twice")
 
-from natten_ops.lowerings import fused  # noqa: E402  (not before the check above)
+from natten_ops.lowerings import engine, fused  # noqa: E402  (not before the check above)
 
 SALT = salt()
 fused.register()

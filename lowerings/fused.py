@@ -1,28 +1,166 @@
 # SPDX-License-Identifier: MIT
-"""The fused op in Inductor: an extern call of the eager kernel.
-
-Inductor's own fallback makes the same call, but writes the defaults of absent lists into the node, and AOTInductor's
-executor then finds None in place of an empty list (torch 2.13: it skips lists of length 0). Left out, they get the
-schema's default there. `backend` must stay: the executor counts the ints. The fallback also copies queries, keys and
-values out of a packed projection, which this call reads in place.
-"""
+"""The fused op in Inductor: the CPU engine as a template that fuses, or an extern call of the eager kernel."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.virtualized import ops
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from natten_ops import backends
+from natten_ops.geometry.params import Box, NAParams, make_box, make_params
+from natten_ops.lowerings._compat import V, empty_strided, hints, ir, select
+from natten_ops.lowerings.template import ForwardTemplate, Geometry
 
 FORWARD = torch.ops.natten.neighborhood_attention_lse.default
-_extern_call = fallback_handler(FORWARD, add_to_fallback_set=False)
+_fallback = fallback_handler(FORWARD, add_to_fallback_set=False)
 
 
-def _lower_forward(*args: Any, backend: int = 0, **kwargs: Any) -> Any:
+def _extern_call(*args: Any, backend: int = 0, **kwargs: Any) -> Any:
+    """The eager kernel, reading packed projections in place.
+
+    Inductor's own fallback copies them, and writes the defaults of absent lists into the node, in place of which
+    AOTInductor's executor then finds None (torch 2.13: it skips lists of length 0). Left out, they get the schema's
+    default there. `backend` must stay: the executor counts the ints.
+    """
     given = {
         name: value for name, value in kwargs.items() if not (isinstance(value, (list, tuple)) and len(value) == 0)
     }
-    return _extern_call(*args, **given, backend=backend)
+    return _fallback(*args, **given, backend=backend)
+
+
+def _lower_forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: Any = None,
+    additional_keys: Any = None,
+    additional_values: Any = None,
+    *,
+    rpb: Any = None,
+    key_mask: Any = None,
+    q_origin: Sequence[Any] = (),
+    kv_origin: Sequence[Any] = (),
+    extent: Sequence[Any] = (),
+    backend: int = 0,
+) -> Any:
+    params = make_params(len(kernel_size), kernel_size, stride, dilation, is_causal)
+    inputs = (query, key, value, additional_keys, additional_values, rpb, key_mask)
+    box = (q_origin, kv_origin, extent)
+    if why_not_template(inputs, params, scale, box, backend) is not None:
+        extras = {"rpb": rpb, "key_mask": key_mask, "q_origin": q_origin, "kv_origin": kv_origin, "extent": extent}
+        lists = (kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values)
+        return _extern_call(query, key, value, *lists, backend=backend, **extras)
+    return _lower_to_template(inputs, params, scale, box)
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+
+def why_not_template(
+    inputs: Sequence[Any], params: NAParams, scale: Any, box: Sequence[Sequence[Any]], backend: int
+) -> str | None:
+    """The reason for the extern call, or None.
+
+    Where both could run the template does: alone it takes as long as the call (docs/compile.md), and whatever follows or
+    precedes it costs less. Its choice needs no trial, and packages that hold it need no library.
+    """
+    query, key, value = inputs[:3]
+    tiled = backends.by_name("cpu-tiled")
+    if query.get_device().type != "cpu":
+        return "the template is C++"
+    if backend not in (0, tiled.id):
+        return f"backend {backend} was named"
+    if scale is not None and not isinstance(scale, (int, float)):
+        return "the scale is symbolic"
+    sizes = [*query.get_size(), *key.get_size(), value.get_size()[-1]]
+    if len(box[2]) and not all(isinstance(n, (int, sympy.Integer)) for n in (*sizes, *box[0], *box[1], *box[2])):
+        return "sub-boxes of symbolic size are checked when they run, by the kernel"
+    if any(V.graph.sizevars.statically_known_equals(size, 0) for size in sizes):
+        return "a tensor is empty"
+    reasons = tiled.why_not(_described(inputs, params, scale, make_box(params.rank, *box)))
+    return "; ".join(reasons) if reasons else None
+
+
+def _described(inputs: Sequence[Any], params: NAParams, scale: float | None, box: Box | None) -> backends.Problem:
+    """The problem at its likely sizes; the window, which is what limits tiles, is not symbolic."""
+    shapes = [None if t is None else (hints(t.get_size()), t.get_dtype()) for t in inputs]
+    with unset_fake_temporarily():
+        shells = [
+            None if s is None else torch.empty((), dtype=s[1], device="cpu").expand([max(n, 1) for n in s[0]])
+            for s in shapes
+        ]
+        return backends.describe(shells, params, box, scale)
+
+
+# ---- the template --------------------------------------------------------------------------------------------------
+
+
+def _lower_to_template(inputs: Sequence[Any], params: NAParams, scale: float | None, box: Sequence[Any]) -> Any:
+    query, key, value, additional_keys, additional_values, rpb, key_mask = inputs
+    rank, sizes = params.rank, V.graph.sizevars
+    device, dtype = query.get_device(), query.get_dtype()
+    head_dim, value_dim = sizes.guard_int(query.get_size()[-1]), sizes.guard_int(value.get_size()[-1])
+    size = [*query.get_size()[:-1], value_dim]
+    zeros = [0] * rank
+    geometry = Geometry(
+        *params,
+        scale=float(head_dim**-0.5 if scale is None else scale),
+        lengths=box[2] or size[1 : 1 + rank],
+        q_origin=box[0] or zeros,
+        kv_origin=box[1] or zeros,
+    )
+    tensors, producer = {}, None
+    if ir.is_storage_and_layout(query):
+        tensors["query"] = _readable(query)
+    else:
+        producer = _producer(query, [*size[:-1], head_dim])
+    more = {"rpb": rpb, "key_mask": key_mask}
+    more |= {"additional_keys": additional_keys, "additional_values": additional_values}
+    tensors |= {name: _readable(t) for name, t in {"key": key, "value": value, **more}.items() if t is not None}
+    extra = [] if producer is None else [V.graph.get_buffer(name) for name in sorted(producer.get_read_names())]
+    layout = ir.FixedLayout(device, dtype, size)
+    template = ForwardTemplate(layout, geometry, tensors, producer, extra)
+    choices: list[Any] = []
+    template.maybe_append_choice(choices)
+    out = select("neighborhood_attention", choices, template.input_nodes, layout)
+    lse_dtype = template.sum_dtype
+    if not _is_used(1):
+        return out, empty_strided(size[:-1], None, dtype=lse_dtype, device=device)  # dead, never allocated
+    buffer = out.data.data
+    layouts = layout, ir.FixedLayout(device, lse_dtype, size[:-1])
+    buffer.outputs = [ir.MultiOutput(part, buffer, [(tuple, i)]) for i, part in enumerate(layouts)]
+    buffer.layout = ir.MultiOutputLayout(device=device)
+    return tuple(ir.TensorBox.create(output) for output in buffer.outputs)
+
+
+def _readable(tensor: Any) -> Any:
+    """A tensor in memory; views of it, such as a part of a packed projection, stay views."""
+    return ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(tensor))
+
+
+def _producer(query: Any, size: Sequence[Any]) -> Any:
+    """The query, whatever computes it, as one expression in the type of sums; nothing is written to memory."""
+    dtype = torch.float64 if query.get_dtype() == torch.float64 else torch.float32
+    load = query.make_loader()
+    return ir.Pointwise(
+        device=query.get_device(), dtype=dtype, ranges=size, inner_fn=lambda index: ops.to_dtype(load(index), dtype)
+    )
+
+
+def _is_used(output: int) -> bool:
+    users = V.graph.current_node.users
+    return any(user.target is not operator.getitem or user.args[1] == output for user in users)
 
 
 def register() -> None:

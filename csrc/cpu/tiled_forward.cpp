@@ -12,7 +12,7 @@ template <class T> int64_t owners(const Problem& p) {
 }
 template <class T> int64_t scratch_bytes(const Problem& p) {
   const Problem q = turned<Accumulate<T>>(p);
-  return Forward<T>(q, Forward<T>::tiling(q), nullptr).bytes;
+  return Forward<T>::scratch_bytes(q, Forward<T>::tiling(q));
 }
 template <class T> void forward(const Problem& p, void* memory, int64_t, int64_t begin, int64_t end) {
   const Problem q = turned<Accumulate<T>>(p);

@@ -90,7 +90,7 @@ template <class T> struct Backward {
     key_row = c.take<KeyRow>(keys.rows());
     bytes = c.used;
     if (memory) keys.clear();
-    most = int(smaller(outputs_per_call(columns_per_call(int(larger(keys.key.pitch, keys.value.pitch) / W))), p.axis[2].kernel));
+    most = outputs_per_group(int(larger(keys.key.pitch, keys.value.pitch) / W), int(p.axis[2].kernel));
   }
   int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }
 
@@ -191,13 +191,13 @@ template <class T> struct Backward {
   void score(int64_t n, const BlockRow* rows, int count, int from, int to) {
     const Products<A> logits{queries[0], keys.ring_of(keys.key, 0, n), keys.score_dim, keys.key.size[0], scores};
     const Products<A> output{gradients[0], keys.ring_of(keys.value, 0, n), p.value_dim, keys.value.size[0], slopes};
-    score_chunk(logits, t, keys.ring, strip, rows, count, from, to);
-    if (p.grad_out.data) score_chunk(output, t, keys.ring, strip, rows, count, from, to);
+    score_chunk<A, Anything>(logits, t, keys.ring, strip, rows, count, from, to);
+    if (p.grad_out.data) score_chunk<A, Anything>(output, t, keys.ring, strip, rows, count, from, to);
     else std::memset(slopes, 0, size_t(t.rows * t.chunk * t.slots * W) * sizeof(A));
     if (!p.additional) return;
-    score_additional(logits, t, keys.additional_of(keys.key, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
+    score_additional<A, Anything>(logits, t, keys.additional_of(keys.key, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
     if (p.grad_out.data)
-      score_additional(output, t, keys.additional_of(keys.value, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
+      score_additional<A, Anything>(output, t, keys.additional_of(keys.value, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
   }
   // Scores -> P and slopes -> ds, for one vector of queries.
   void differentiate(const Owner& owner, int64_t local, const BlockRow& row, int r, int v, int from) {
@@ -245,10 +245,10 @@ template <class T> struct Backward {
       extra.at[n] = coefficient.at[n] + (strip.first[group.first + n] + window) * W;
       out[n] = sums + n * keys.key.pitch;
     }
-    sum_columns<A>(group, coefficient, visits + r * visits_per_row(), listed[r], keys.key.pitch, out, nullptr, false);
+    sum_columns<A, Anything>(group, coefficient, visits + r * visits_per_row(), listed[r], keys.key.pitch, out, nullptr, false);
     if (p.additional) {
       const Visit<A> all{keys.additional_of(keys.key, 1, head_kv), 0};
-      sum_columns<A>(flat_group(group, int(p.additional)), extra, &all, 1, keys.key.pitch, out, nullptr, true);
+      sum_columns<A, Anything>(flat_group(group, int(p.additional)), extra, &all, 1, keys.key.pitch, out, nullptr, true);
     }
     T* const to = row_of<T>(p.grad_query, owner.batch, head, row.z, row.y);
     for (int n = 0; n < group.count; ++n) write_row<T>(out[n], to + strip.query_token[group.first + n] * p.grad_query.token[2], p.head_dim);
@@ -262,7 +262,7 @@ template <class T> struct Backward {
       A* out[kMaxOutputs];
       for (int i = 0; i < key.count; ++i) seen[i] = {dense + key.row[i] * t.chunk * W * pitch, key.row[i] * t.chunk * t.slots + key.slot[i]};
       for (int n = 0; n < group.count; ++n) out[n] = key.sums[which] + strip.key_token[group.first + n] * stride;
-      sum_columns<A>(group, coefficient, seen, key.count, pitch, out, nullptr, true);
+      sum_columns<A, Anything>(group, coefficient, seen, key.count, pitch, out, nullptr, true);
     }
   }
   // The same for the additional tokens, which every query sees.
@@ -275,7 +275,7 @@ template <class T> struct Backward {
       A* out[kMaxOutputs];
       for (int n = 0; n < group.count; ++n) out[n] = to + (first + n) * pitch;
       const ByKey<A> coefficient{coefficients + first * W, strip.lane_place};
-      sum_columns<A>(group, coefficient, seen, count, pitch, out, nullptr, true);
+      sum_columns<A, Anything>(group, coefficient, seen, count, pitch, out, nullptr, true);
     }
   }
 };

@@ -157,24 +157,35 @@ void sum_band(const Band<A>& band, const Coefficient& coefficient, int64_t offse
     for (int c = 0; c < C; ++c) store(band.out[n] + offset + c * W, band.factor ? sum[n][c] * band.factor[n] : sum[n][c]);
 }
 
-template <class A, class Coefficient> using SumBand = void (*)(const Band<A>&, const Coefficient&, int64_t);
-template <class A, class Coefficient, int C, int N = 1> SumBand<A, Coefficient> pick_outputs(int count, bool diagonal) {
-  if constexpr (N < outputs_per_call(C)) {
-    if (count != N) return pick_outputs<A, Coefficient, C, N + 1>(count, diagonal);
-  }
-  return diagonal ? sum_band<A, N, C, true, Coefficient> : sum_band<A, N, C, false, Coefficient>;
+// Columns of one call where a row has `vectors` of them.
+constexpr int columns_per_call(int vectors) { return vectors < kMaxColumns ? vectors : kMaxColumns; }
+// Outputs of a group: what the registers hold beside the widest call, but no more than overlap.
+constexpr int outputs_per_group(int vectors, int kernel) {
+  const int most = outputs_per_call(columns_per_call(vectors));
+  return most < kernel ? most : kernel;
 }
-template <class A, class Coefficient> SumBand<A, Coefficient> pick_sum_band(int columns, int count, bool diagonal) {
-  switch (columns) {
-    case 1: return pick_outputs<A, Coefficient, 1>(count, diagonal);
-    case 2: return pick_outputs<A, Coefficient, 2>(count, diagonal);
-    case 3: return pick_outputs<A, Coefficient, 3>(count, diagonal);
-    default: return pick_outputs<A, Coefficient, 4>(count, diagonal);
-  }
+template <class A, class G> constexpr bool may_sum(int columns, int outputs) {
+  constexpr int vectors = (G::dim + kLanes<A> - 1) / kLanes<A>;
+  if (G::dim == 0) return true;
+  const bool whole = columns == columns_per_call(vectors), rest = vectors > kMaxColumns && columns == vectors % kMaxColumns;
+  return (whole || rest) && G::any_kernel([&](int kernel) { return outputs <= outputs_per_group(vectors, kernel); });
 }
 
-// Columns of one call where a row has `vectors` of them, and outputs of a group: those of the widest call.
-inline int columns_per_call(int vectors) { return vectors < kMaxColumns ? vectors : kMaxColumns; }
+template <class A, class Coefficient> using SumBand = void (*)(const Band<A>&, const Coefficient&, int64_t);
+template <class A, class G, class Coefficient, int C, int N = 1> SumBand<A, Coefficient> pick_outputs(int count, bool diagonal) {
+  if constexpr (N > outputs_per_call(C)) return nullptr;
+  else {
+    if constexpr (may_sum<A, G>(C, N))
+      if (count == N) return diagonal ? sum_band<A, N, C, true, Coefficient> : sum_band<A, N, C, false, Coefficient>;
+    return pick_outputs<A, G, Coefficient, C, N + 1>(count, diagonal);
+  }
+}
+template <class A, class G, class Coefficient, int C = 1> SumBand<A, Coefficient> pick_sum_band(int columns, int count, bool diagonal) {
+  if constexpr (C < kMaxColumns) {
+    if (columns != C) return pick_sum_band<A, G, Coefficient, C + 1>(columns, count, diagonal);
+  }
+  return pick_outputs<A, G, Coefficient, C>(count, diagonal);
+}
 
 }  // namespace
 }  // namespace natten

@@ -18,7 +18,21 @@
 namespace natten {
 namespace {
 
-template <class T> struct Forward {
+// How a query comes in and an output goes out where the problem's tensors do not say: generated code computes the query of
+// a token, and goes on with its output or log-sum-exp, while they are hot. Places are in the caller's axes.
+struct Nothing {};
+template <class Query, class Out, class Lse> struct Hooks {
+  static constexpr bool computes_query = !std::is_same_v<Query, Nothing>, takes_out = !std::is_same_v<Out, Nothing>,
+                        takes_lse = !std::is_same_v<Lse, Nothing>;
+  const Query* query = nullptr;
+  const Out* out = nullptr;
+  const Lse* lse = nullptr;
+};
+template <class Query, class Out, class Lse> Hooks<Query, Out, Lse> make_hooks(const Query& query, const Out& out, const Lse& lse) {
+  return {&query, &out, &lse};
+}
+
+template <class T, class G = Anything, class H = Hooks<Nothing, Nothing, Nothing>> struct Forward {
   using A = Accumulate<T>;
   static constexpr int W = kLanes<A>;
   const Problem& p;
@@ -28,13 +42,17 @@ template <class T> struct Forward {
   BiasTables<A> bias;
   int most;  // outputs of a group
   A *queries, *scores, *sums, *inverse;
+  A* computed;        // queries of a row of a chunk, dense
+  int64_t* counting;  // 0, 1, 2, ..
   Visit<A>* visits;  // of each row of a block
   int listed[kRows];
   int64_t bytes;
+  H hooks;
 
+  static int64_t scratch_bytes(const Problem& p, const Tiling& t) { return Forward(p, t, nullptr).bytes; }
   static Tiling tiling(const Problem& p) { return fit_tiling<Forward, T>(p, {128, 0, 0, 48 << 10, 8}, kMaxTiledBytes); }
 
-  Forward(const Problem& problem, const Tiling& tiling, void* memory) : p(problem), t(tiling), keys(problem, t) {
+  Forward(const Problem& problem, const Tiling& tiling, void* memory, const H& given = {}) : p(problem), t(tiling), keys(problem, t), hooks(given) {
     keys.key.transposed = keys.value.dense = true;
     keys.key.dense = keys.value.transposed = false;
     Carver c{static_cast<char*>(memory)};
@@ -45,10 +63,14 @@ template <class T> struct Forward {
     scores = c.take<A>(t.rows * t.chunk * t.slots * W);
     sums = c.take<A>(kMaxOutputs * keys.value.pitch);
     inverse = c.take<A>(t.rows * t.chunk * W);
+    computed = H::computes_query ? c.take<A>(t.chunk * W * p.head_dim) : nullptr;
+    counting = H::computes_query ? c.take<int64_t>(t.chunk * W) : nullptr;
     visits = c.take<Visit<A>>(t.rows * visits_per_row());
     bytes = c.used;
-    if (memory) keys.clear();
-    most = int(smaller(outputs_per_call(columns_per_call(int(keys.value.pitch / W))), p.axis[2].kernel));
+    most = outputs_per_group(int(keys.value.pitch / W), int(p.axis[2].kernel));
+    if (!memory) return;
+    keys.clear();
+    for (int64_t i = 0; counting && i < t.chunk * W; ++i) counting[i] = i;
   }
   int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }
 
@@ -75,29 +97,53 @@ template <class T> struct Forward {
   void attend(const Owner& owner, int64_t n, int64_t head, const BlockRow* rows, int count) {
     for (int chunk = 0, from = 0; from < strip.vectors; ++chunk, from += int(t.chunk)) {
       const int to = int(smaller(from + t.chunk, strip.vectors));
-      for (int r = 0; r < count; ++r)
+      for (int r = 0; !H::takes_out && r < count; ++r)
         prefetch_to_write(row_of<T>(p.out, owner.batch, head, rows[r].z, rows[r].y), strip.query_token + from * W,
                           int(smaller(to * W, strip.queries)) - from * W, p.out.token[2], p.value_dim);
-      pack_queries<T>(p, p.query, owner, head, rows, count, strip, t, from, to, p.head_dim, keys.score_dim, queries);
+      pack(owner, head, rows, count, from, to);
       const Products<A> products{queries, keys.ring_of(keys.key, 0, n), keys.score_dim, keys.key.size[0], scores};
-      score_chunk(products, t, keys.ring, strip, rows, count, from, to);
+      score_chunk<A, G>(products, t, keys.ring, strip, rows, count, from, to);
       if (p.additional)
-        score_additional(products, t, keys.additional_of(keys.key, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
+        score_additional<A, G>(products, t, keys.additional_of(keys.key, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
       for (int r = 0; r < count; ++r)
         for (int v = from; v < to; ++v) finish_softmax(owner, head, rows[r], r, v, from);
       for (int g = strip.group_begin[chunk]; g < strip.group_begin[chunk + 1]; ++g)  // rows innermost: they share values
         for (int r = 0; r < count; ++r) sum_values(owner, n, head, rows[r], r, strip.groups[g], from);
     }
   }
+  void pack(const Owner& owner, int64_t head, const BlockRow* rows, int count, int from, int to) const {
+    if constexpr (H::computes_query) {
+      const int tokens = int(smaller(to * W, strip.queries)) - from * W;
+      for (int r = 0; r < count; ++r) {
+        for (int i = 0; i < tokens; ++i) {
+          call(*hooks.query, owner, head, rows[r], strip.query_token[from * W + i], computed + i * p.head_dim);
+        }
+        pack_query_row(TokenRow<A>{computed, counting, p.head_dim, 1, 0}, tokens, p.head_dim, keys.score_dim, queries + r * t.chunk * keys.score_dim * W);
+      }
+    } else {
+      pack_queries<T>(p, p.query, owner, head, rows, count, strip, t, from, to, p.head_dim, keys.score_dim, queries);
+    }
+  }
+  template <class Hook> void call(const Hook& hook, const Owner& owner, int64_t head, const BlockRow& row, int64_t x, A* numbers) const {
+    int64_t token[kAxes];
+    token[p.order[0]] = row.z, token[p.order[1]] = row.y, token[p.order[2]] = x;
+    hook(owner.batch, head, token[0], token[1], token[2], numbers);
+  }
   void finish_softmax(const Owner& owner, int64_t head, const BlockRow& row, int r, int v, int from) {
     const int64_t at = r * t.chunk + v - from;
     Statistics<A> s = weigh_vector(scores + at * t.slots * W, p, t, strip, bias, head, row, v);
     forget_hidden(keys, strip, row, v, scores + at * t.slots * W, s);
     store(inverse + at * W, s.total == 0 ? Vector<A>{} : 1 / s.total);
+    if (!H::takes_lse && !p.lse.data) return;
     const Vector<A> lse = s.maximum + log_of_sum(s.total);
     A* const out = row_of<A>(p.lse, owner.batch, head, row.z, row.y);
     const int lanes = int(smaller(W, strip.queries - v * W));
-    for (int l = 0; l < lanes; ++l) out[strip.query_token[v * W + l] * p.lse.token[2]] = lse[l];
+    for (int l = 0; l < lanes; ++l) {
+      const int64_t x = strip.query_token[v * W + l];
+      A number = lse[l];
+      if constexpr (H::takes_lse) call(*hooks.lse, owner, head, row, x, &number);
+      else out[x * p.lse.token[2]] = number;
+    }
   }
   void sum_values(const Owner& owner, int64_t head_kv, int64_t head, const BlockRow& row, int r, const Group& group, int from) {
     const int window = window_slots(row, t);
@@ -110,15 +156,20 @@ template <class T> struct Forward {
       factor[n] = inverse[r * t.chunk * W + q - from * W];
       out[n] = sums + n * keys.value.pitch;
     }
-    sum_columns(group, coefficient, visits + r * visits_per_row(), listed[r], keys.value.pitch, out, p.additional ? nullptr : factor, false);
+    sum_columns<A, G>(group, coefficient, visits + r * visits_per_row(), listed[r], keys.value.pitch, out, p.additional ? nullptr : factor, false);
     if (p.additional) {
       const Visit<A> all{keys.additional_of(keys.value, 1, head_kv), 0};
-      sum_columns(flat_group(group, int(p.additional)), extra, &all, 1, keys.value.pitch, out, factor, true);
+      sum_columns<A, G>(flat_group(group, int(p.additional)), extra, &all, 1, keys.value.pitch, out, factor, true);
     }
     T* const to = row_of<T>(p.out, owner.batch, head, row.z, row.y);
     for (int n = 0; n < group.count; ++n) {
       if (factor[n] == 0) std::memset(out[n], 0, size_t(keys.value.pitch) * sizeof(A));  // 0 * NaN of a value that nobody attends to
-      write_row<T>(out[n], to + strip.query_token[group.first + n] * p.out.token[2], p.value_dim);
+      const int64_t x = strip.query_token[group.first + n];
+      if constexpr (H::takes_out) {
+        call(*hooks.out, owner, head, row, x, out[n]);
+      } else {
+        write_row<T>(out[n], to + x * p.out.token[2], p.value_dim);
+      }
     }
   }
 };

@@ -62,18 +62,24 @@ template <class T> NATTEN_INLINE TokenRow<T> tokens_of(const Rows& rows, int64_t
   return {row_of<T>(rows, batch, head, z, y), token, rows.token[2], rows.dim, (next - y) * rows.token[1]};
 }
 
-// Rows of queries (or of gradients) of one chunk: [row][vector][dim][W]; elements past the tensor's are 1.
+// One row of queries (or of gradients) of one chunk, transposed: [vector][dim][W]; elements past the tensor's are 1.
+template <class T, class A = Accumulate<T>>
+inline void pack_query_row(const TokenRow<T>& row, int tokens, int64_t dim, int64_t score_dim, A* out) {
+  constexpr int W = kLanes<A>;
+  pack_transposed(row, tokens, dim, out, W, score_dim * W);
+  for (int v = 0; v * W < tokens; ++v)
+    for (int64_t d = dim; d < score_dim; ++d) store(out + (v * score_dim + d) * W, splat(A(1)));
+}
+// The rows of a block: [row][vector][dim][W].
 template <class T, class A = Accumulate<T>>
 inline void pack_queries(const Problem& p, const Rows& tensor, const Owner& owner, int64_t head, const BlockRow* rows, int count, const Strip<A>& strip,
                          const Tiling& t, int from, int to, int64_t dim, int64_t score_dim, A* out) {
   constexpr int W = kLanes<A>;
   const int tokens = int(smaller(to * W, strip.queries)) - from * W;
-  for (int r = 0; r < count; ++r, out += t.chunk * score_dim * W) {
+  for (int r = 0; r < count; ++r) {
     const int64_t next = smaller(rows[r].y + (count > 1 ? count * (rows[1].y - rows[0].y) : 1), p.q_shape[1] - 1);  // the next block's
-    pack_transposed(tokens_of<T>(tensor, owner.batch, head, rows[r].z, rows[r].y, strip.query_token + from * W, next), tokens, dim,
-                    out, W, score_dim * W);
-    for (int v = 0; v < to - from; ++v)
-      for (int64_t d = dim; d < score_dim; ++d) store(out + (v * score_dim + d) * W, splat(A(1)));
+    pack_query_row(tokens_of<T>(tensor, owner.batch, head, rows[r].z, rows[r].y, strip.query_token + from * W, next), tokens, dim,
+                   score_dim, out + r * t.chunk * score_dim * W);
   }
 }
 
@@ -85,7 +91,7 @@ template <class A> struct Products {
   A* scores;        // [row][vector of the chunk][slot][W]
 };
 
-template <class A>
+template <class A, class G>
 inline void score_chunk(const Products<A>& a, const Tiling& t, const Ring& ring, const Strip<A>& strip, const BlockRow* rows,
                         int count, int from, int to) {
   constexpr int W = kLanes<A>;
@@ -104,7 +110,7 @@ inline void score_chunk(const Products<A>& a, const Tiling& t, const Ring& ring,
           query[r - low] = a.query + (r * t.chunk + v - from) * a.dim * W;
           scores[r - low] = a.scores + ((r * t.chunk + v - from) * t.slots + slot) * W;
         }
-        score_row<A>(high - low, query, keys, t.pitch, strip.map[v], a.dim, kernel, scores);
+        score_row<A, G>(high - low, query, keys, t.pitch, strip.map[v], a.dim, kernel, scores);
       }
     }
 }
@@ -114,7 +120,7 @@ inline int window_slots(const BlockRow& row, const Tiling& t) {
 }
 
 // The additional tokens' scores, after those of the window.
-template <class A>
+template <class A, class G>
 inline void score_additional(const Products<A>& a, const Tiling& t, const A* keys, int64_t pitch, int additional, const BlockRow* rows,
                              int count, int from, int to) {
   constexpr int W = kLanes<A>;
@@ -129,7 +135,7 @@ inline void score_additional(const Products<A>& a, const Tiling& t, const A* key
       query[r] = a.query + (r * t.chunk + v - from) * a.dim * W;
       scores[r] = a.scores + ((r * t.chunk + v - from) * t.slots + window_slots(rows[r], t)) * W;
     }
-    score_row<A>(count, query, keys, pitch, all, a.dim, additional, scores);
+    score_row<A, G>(count, query, keys, pitch, all, a.dim, additional, scores);
   }
 }
 
@@ -290,13 +296,13 @@ template <class A> inline int list_rows(const Ring& ring, const A* rows, int64_t
 }
 
 // One band over all columns of the head dim: out[n][pitch] (+)= factor[n] * sum of coefficients * rows.
-template <class A, class Coefficient>
+template <class A, class G, class Coefficient>
 inline void sum_columns(const Group& group, const Coefficient& coefficient, const Visit<A>* visits, int count, int64_t pitch,
                         A* const* out, const A* factor, bool add) {
   const int all = int(pitch / kLanes<A>);
   const Band<A> band{group, visits, count, pitch, out, factor, add};
   for (int c = 0; c < all; c += kMaxColumns)
-    pick_sum_band<A, Coefficient>(columns_per_call(all - c), group.count, group.diagonal)(band, coefficient, c * kLanes<A>);
+    pick_sum_band<A, G, Coefficient>(columns_per_call(all - c), group.count, group.diagonal)(band, coefficient, c * kLanes<A>);
 }
 // One row of sums to the output's type.
 template <class T, class A = Accumulate<T>> inline void write_row(const A* sums, T* out, int64_t dim) {

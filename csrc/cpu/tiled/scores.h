@@ -27,6 +27,15 @@ template <class A> struct LaneMap {
   }
 };
 
+// What is known when a kernel is compiled: elements of a dense row (0: unknown), map kinds that occur (a bit each),
+// additional tokens (-1: unknown), and the kernel sizes that the innermost axis may have (none: unknown). The library
+// promises nothing; generated code (natten_ops/lowerings) knows its one problem, and fewer micro kernels are built.
+template <int DIM, int KINDS, int ADDITIONAL, int... KERNELS> struct Given {
+  static constexpr int dim = DIM, kinds = KINDS, additional = ADDITIONAL;
+  template <class Test> static constexpr bool any_kernel(const Test& test) { return sizeof...(KERNELS) == 0 || (test(KERNELS) || ...); }
+};
+using Anything = Given<0, (1 << kMapKinds) - 1, -1>;
+
 // From the first column of each lane.
 template <class A> inline LaneMap<A> make_map(const int* first) {
   constexpr int W = kLanes<A>;
@@ -95,27 +104,40 @@ void score_block(const A* const* query, const A* keys, int64_t pitch, const Lane
 template <class A> using ScoreBlock = void (*)(const A* const*, const A*, int64_t, const LaneMap<A>&, int64_t, A* const*);
 constexpr int slots_per_call(int rows) { return kAccumulators / rows < kMaxSlots ? kAccumulators / rows : kMaxSlots; }
 
-template <class A, int R, int KIND, int T = 1> ScoreBlock<A> pick_slots(int slots) {
-  if constexpr (T < slots_per_call(R)) {
-    if (slots != T) return pick_slots<A, R, KIND, T + 1>(slots);
-  }
-  return score_block<A, R, T, KIND>;
+// Whether some call for `rows` rows has T of `slots` slots in all: they are shared out in equal parts.
+constexpr bool is_part(int slots, int rows, int T) {
+  const int parts = (slots + slots_per_call(rows) - 1) / slots_per_call(rows);
+  return parts > 0 && (T == slots / parts || T == (slots + parts - 1) / parts);
 }
-template <class A, int R, int KIND = 0> ScoreBlock<A> pick_kind(int kind, int slots) {
+template <class G> constexpr bool may_score(int rows, int kind, int T) {
+  const bool window = G::any_kernel([&](int kernel) { return is_part(kernel, rows, T); });
+  const bool additional = kind == kBroadcast && (G::additional < 0 || is_part(G::additional, rows, T));
+  return (G::kinds >> kind & 1 && window) || additional;
+}
+
+template <class A, class G, int R, int KIND, int T = 1> ScoreBlock<A> pick_slots(int slots) {
+  if constexpr (T > slots_per_call(R)) return nullptr;
+  else {
+    if constexpr (may_score<G>(R, KIND, T))
+      if (slots == T) return score_block<A, R, T, KIND>;
+    return pick_slots<A, G, R, KIND, T + 1>(slots);
+  }
+}
+template <class A, class G, int R, int KIND = 0> ScoreBlock<A> pick_kind(int kind, int slots) {
   if constexpr (KIND + 1 < kMapKinds) {
-    if (kind != KIND) return pick_kind<A, R, KIND + 1>(kind, slots);
+    if (kind != KIND) return pick_kind<A, G, R, KIND + 1>(kind, slots);
   }
-  return pick_slots<A, R, KIND>(slots);
+  return pick_slots<A, G, R, KIND>(slots);
 }
-template <class A, int R = 1> ScoreBlock<A> pick_score_block(int rows, int kind, int slots) {
+template <class A, class G, int R = 1> ScoreBlock<A> pick_score_block(int rows, int kind, int slots) {
   if constexpr (R < kRows) {
-    if (rows != R) return pick_score_block<A, R + 1>(rows, kind, slots);
+    if (rows != R) return pick_score_block<A, G, R + 1>(rows, kind, slots);
   }
-  return pick_kind<A, R>(kind, slots);
+  return pick_kind<A, G, R>(kind, slots);
 }
 
 // All slots of one row of keys, for `rows` rows of queries: in equal parts of what the registers hold.
-template <class A>
+template <class A, class G>
 inline void score_row(int rows, const A* const* query, const A* keys, int64_t pitch, const LaneMap<A>& map, int64_t dim,
                       int slots, A* const* scores) {
   const int parts = (slots + slots_per_call(rows) - 1) / slots_per_call(rows);
@@ -123,7 +145,7 @@ inline void score_row(int rows, const A* const* query, const A* keys, int64_t pi
   for (int part = 0, t = 0; part < parts; ++part) {
     const int next = slots * (part + 1) / parts;
     for (int r = 0; r < rows; ++r) out[r] = scores[r] + t * kLanes<A>;
-    pick_score_block<A>(rows, map.kind, next - t)(query, keys + t, pitch, map, dim, out);
+    pick_score_block<A, G>(rows, map.kind, next - t)(query, keys + t, pitch, map, dim, out);
     t = next;
   }
 }

@@ -37,7 +37,7 @@ template <class A> inline Problem turned(const Problem& p) {
   int64_t* const to[] = {q.q_shape, q.kv_shape, q.q_origin, q.kv_origin};
   for (int a = 0; a < kAxes; ++a) {
     for (int i = 0; i < 4; ++i) to[i][a] = from[i][order[a]];
-    q.axis[a] = p.axis[order[a]];
+    q.axis[a] = p.axis[order[a]], q.order[a] = order[a];
   }
   for (Rows* r : rows) {
     const int64_t old[kAxes] = {r->token[0], r->token[1], r->token[2]};

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""What the compiler makes of the fused op: which kernels, what is in them, and the same numbers as ever."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, seed, settings
+from samples import DTYPES, EMPTY, NAMED, Problem, expected, problems, run
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+
+import natten_ops
+from natten_ops.reference import Inputs
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Counters of a cached graph stay at zero."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
+
+
+def compile_and_compare(function, *tensors, dynamic=False, tolerance=1e-4):
+    """The generated sources; the compiled function gives the eager numbers."""
+    with torch.no_grad():
+        have, sources = run_and_get_code(torch.compile(function, fullgraph=True, dynamic=dynamic), *tensors)
+        want = function(*tensors)
+    torch.testing.assert_close(have, want, atol=tolerance, rtol=tolerance)
+    return sources
+
+
+def found():
+    """(kernels from the template, ops fused behind them)"""
+    inductor = counters["inductor"]
+    return inductor["cpp_templated_kernel_counter"], inductor["cpp_epilogue_fusion_counter"]
+
+
+def rope(x, cosine, sine):
+    """Rotary embedding, the halves exchanged by a flip; `sine` has the sign of each half."""
+    return x * cosine + x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) * sine
+
+
+def image(*more, rows=9, columns=12, heads=4, dim=16):
+    return torch.randn(*more, 2, rows, columns, heads, dim).unbind()
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def compare_all(chosen):
+    """Problems (with dtypes) in one graph, whose kernels are compiled side by side, against the reference."""
+    inputs = [problem.make(dtype) for problem, dtype in chosen]
+
+    def every(*groups):
+        return [run(Inputs(*group), problem) for group, (problem, _) in zip(groups, chosen)]
+
+    with torch.no_grad():
+        results = torch.compile(every, fullgraph=True, dynamic=False)(*inputs)
+    for (out, lse), tensors, (problem, dtype) in zip(results, inputs, chosen):
+        want, want_lse = expected(tensors, problem)
+        torch.testing.assert_close(out.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        limit = 1e-12 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(lse.double(), want_lse, atol=limit, rtol=limit)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_every_option_is_the_templates(part):
+    names = list(NAMED)[part::2]
+    compare_all([(NAMED[name], DTYPES[(i + part) % 4]) for i, name in enumerate(names)])
+    assert found()[0] == len(names)
+
+
+def test_empty_tensors_and_scales_that_are_not_positive_go_to_the_kernels():
+    negative = Problem((7,), (3,), scale=-0.5)
+    compare_all([(problem, torch.float32) for problem in (*EMPTY.values(), negative)])
+    assert found()[0] == 1  # no additional token is no empty tensor of the core
+
+
+def test_a_window_too_large_for_tiles_goes_to_the_kernel():
+    x = torch.randn(1, 66, 66, 1, 64)
+    (source,) = compile_and_compare(lambda x: natten_ops.na2d(x * 2, x, x, kernel_size=65), x)
+    assert "torch.ops.natten.neighborhood_attention_lse" in source and found() == (0, 0)
+
+
+@given(problem=problems())
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+def test_any_problem(problem):
+    torch._dynamo.reset()
+    compare_all([(problem, torch.float32)])
+
+
+@pytest.mark.slow
+@seed(1)
+@given(problem=problems())
+@settings(max_examples=300, deadline=None, database=None)
+def test_any_problem_long(problem):
+    torch._dynamo.reset()
+    compare_all([(problem, torch.float32)])
+
+
+# ---- what fuses ----------------------------------------------------------------------------------------------------
+
+
+def gated(q, k, v, gate, residual, cosine, sine):
+    attended = natten_ops.na2d(rope(q, cosine, sine), rope(k, cosine, sine), v, kernel_size=5)
+    return (attended * torch.sigmoid(gate) + residual).bfloat16()
+
+
+def test_a_rotated_gated_block_is_two_kernels():
+    """Rotated keys are written by a kernel of their own; queries, attention, gate, residual and cast are the other."""
+    q, k, v, gate, residual = image(5)
+    angles = torch.randn(2, 9, 12, 1, 16)
+    (source,) = compile_and_compare(gated, q, k, v, gate, residual, *angles.unbind(), tolerance=1e-2)
+    assert found() == (1, 1)
+    kernels = re.findall(r"async_compile\.cpp_pybinding\((.*?)\)\n", source, re.S)
+    assert source.count("async_compile.cpp_pybinding") == 2 and "torch.ops.natten" not in source, len(kernels)
+    assert source.count("empty_strided_cpu(") == 2  # rotated keys and the result: no rotated queries
+    inside = source[source.index("const auto compute_query") : source.index("const auto hooks")]
+    prologue, epilogue = inside.split("const auto take_out")
+    assert "at::vec::Vectorized" in prologue and "at::vec::Vectorized" in epilogue
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump to read the compiled kernel")
+def test_multiplications_and_additions_are_contracted(tmp_path):
+    """Inductor forbids it for its own loops (-ffp-contract=off); without it the engine is 15 % slower."""
+    with torch._inductor.utils.fresh_cache(dir=tmp_path):
+        q, k, v = image(3)
+        compile_and_compare(lambda q, k, v: natten_ops.na2d(q, k, v, kernel_size=5), q, k, v)
+        (library,) = [path for path in Path(tmp_path).rglob("*.so") if b"natten" in path.read_bytes()]
+        code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"vfn?madd|fmla", code)) > 200
+
+
+def heads_first(x):
+    return x.permute(0, 3, 1, 2, 4)
+
+
+FUSES = {  # name: (function of q, k, v, g; kernels behind the template that it swallows)
+    "residual and activation": (lambda a, q, g: torch.nn.functional.gelu(a * 0.5 + q), 1),
+    "flattened heads": (lambda a, q, g: a.flatten(3) * g.flatten(3), 1),
+    "flattened tokens": (lambda a, q, g: a.reshape(2, 108, 64) + g.reshape(2, 108, 64), 1),
+    "heads first": (lambda a, q, g: heads_first(a) * heads_first(g) + heads_first(q), 1),
+    "plain output used too": (lambda a, q, g: (a, a * g), 1),
+    "cast": (lambda a, q, g: a.to(torch.float16), 1),
+    "per channel and per token": (lambda a, q, g: a * g[0, 0, 0, 0] + g[..., :1], 1),
+    "reduction": (lambda a, q, g: a.sum(-1), 0),
+}
+
+
+@pytest.mark.parametrize("name", FUSES)
+def test_what_follows(name):
+    follow, epilogues = FUSES[name]
+    q, k, v, g = image(4)
+    compile_and_compare(
+        lambda q, k, v, g: follow(natten_ops.na2d(q, k, v, kernel_size=3), q, g), q, k, v, g, tolerance=2e-3
+    )
+    assert found() == (1, epilogues)
+
+
+def test_both_outputs_with_what_follows_each():
+    q, k, v, g = image(4)
+
+    def both(q, k, v, g):
+        out, lse = natten_ops.na2d(q, k, v, kernel_size=3, dilation=2, return_lse=True)
+        return out, lse, out * g, lse * 2 + g[..., 0]
+
+    compile_and_compare(both, q, k, v, g)
+    assert found() == (1, 2)
+
+
+def test_packed_projections_are_read_in_place():
+    x = torch.randn(2, 9, 12, 3, 4, 16)
+    (source,) = compile_and_compare(lambda x: natten_ops.na2d(*(x + 0.0).unbind(3), kernel_size=3), x)
+    assert found()[0] == 1 and source.count("async_compile.cpp_pybinding") == 2  # the addition, and ours
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_sizes_change_without_new_kernels(dynamic):
+    def block(q, k, v, g):
+        return natten_ops.na2d(q * g, k, v, kernel_size=(3, 5), dilation=(2, 1)) * g + q
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
+    for rows, columns in ((8, 9), (13, 7), (6, 21), (17, 40)):
+        tensors = image(4, rows=rows, columns=columns, heads=2)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*tensors), block(*tensors), atol=1e-4, rtol=1e-4)
+    assert found()[0] <= 2
+
+
+def test_training_saves_what_it_must():
+    """The inputs, out and lse: nothing of tokens x window. The backward is one call of the kernel."""
+    q, k, v, g = (t.requires_grad_() for t in image(4))
+    angles = torch.randn(2, 9, 12, 1, 16).unbind()
+
+    def loss(q, k, v, g):
+        return (natten_ops.na2d(rope(q, *angles), rope(k, *angles), v, kernel_size=5) * g).sin().sum()
+
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        value = torch.compile(loss, fullgraph=True, dynamic=False)(q, k, v, g)
+    gradients = torch.autograd.grad(value, (q, k, v, g))
+    for have, want in zip(gradients, torch.autograd.grad(loss(q, k, v, g), (q, k, v, g))):
+        torch.testing.assert_close(have, want, atol=1e-4, rtol=1e-4)
+    assert found()[0] == 1 and max(saved) <= q.numel()
+
+
+def test_equal_layers_are_one_kernel():
+    q, k, v = image(3)
+
+    def layers(x, k, v):
+        for _ in range(3):
+            x = natten_ops.na2d(x, k, v, kernel_size=3) + x
+        return x
+
+    (source,) = compile_and_compare(layers, q, k, v)
+    assert found()[0] == 3 and source.count("async_compile.cpp_pybinding") == 1
