@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A model leaves Python: packages of AOTInductor, run by another process and by a C++ program without Python.
 
-The graphs hold extern calls, which torch's proxy executor makes; each package is compiled by a process of its own, as a
-user would do it.
+Attention over a whole grid is generated code in them; a box of a grid is an extern call, which torch's proxy executor
+makes. Each package is compiled by a process of its own, as a user would do it.
 """
 
 import json
@@ -28,8 +28,9 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # Inductor fuses and reorders the sums
 class Model(torch.nn.Module):
     """Patches of a picture, two blocks of attention, one of them dilated, both biased, a box of the grid, and a head."""
 
-    def __init__(self):
+    def __init__(self, boxed=True):
         super().__init__()
+        self.boxed = boxed
         self.patches = torch.nn.Conv2d(3, 16, kernel_size=2, stride=2)
         self.near = natten_ops.nn.NeighborhoodAttention2D(16, 2, kernel_size=3, rel_pos_bias=True)
         self.far = natten_ops.nn.NeighborhoodAttention2D(16, 2, kernel_size=3, dilation=2, rel_pos_bias=True)
@@ -39,6 +40,8 @@ class Model(torch.nn.Module):
         x = self.patches(image).permute(0, 2, 3, 1)
         x = x + self.near(x)
         x = x + self.far(x)
+        if not self.boxed:
+            return self.head(x.mean((1, 2)))
         # Queries of the rows in the middle: the calls above pass empty lists, this one lists with symbolic sizes in them.
         heads = x.unflatten(-1, (2, 8))
         box = {"q_origin": [2, 0], "kv_origin": [0, 0], "extent": [x.shape[1], x.shape[2]]}
@@ -84,11 +87,10 @@ def run_package(package, samples, folder, natten="with"):
     return done.stderr, torch.load(outputs) if outputs.exists() else None
 
 
-@pytest.fixture(scope="module")
-def deployed(tmp_path_factory):
+def deploy(boxed, folder):
     """(model, package): exported with dynamic batch and sizes, then compiled."""
     torch.manual_seed(0)
-    model = Model().eval()
+    model = Model(boxed).eval()
     with torch.no_grad():
         for name, table in model.named_parameters():
             if name.endswith("rpb"):  # tables as they come are too small to be missed
@@ -96,7 +98,12 @@ def deployed(tmp_path_factory):
     rows, columns = (2 * Dim(name, min=6, max=64) for name in ("rows", "columns"))
     sizes = {0: Dim("batch", min=1, max=64), 2: rows, 3: columns}
     program = torch.export.export(model, (torch.randn(2, 3, 16, 20),), dynamic_shapes=(sizes,))
-    return model, make_package(program, tmp_path_factory.mktemp("package"))
+    return model, make_package(program, folder)
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    return deploy(True, tmp_path_factory.mktemp("package"))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +140,17 @@ def test_a_package_without_the_library_says_what_it_misses(deployed, tmp_path):
     error, outputs = run_package(deployed[1], [(torch.randn(TOO_SMALL),)], tmp_path, natten="without")
     assert outputs is None
     assert "Could not find schema for natten::neighborhood_attention_lse" in error
+
+
+def test_a_package_without_boxes_needs_no_library(tmp_path):
+    """Nothing of ours is installed where it runs, as far as it knows."""
+    model, package = deploy(False, tmp_path)
+    samples = [(torch.randn(size),) for size in (*SIZES, TOO_SMALL)]
+    error, outputs = run_package(package, samples, tmp_path, natten="without")
+    assert outputs is not None, error[-3000:]
+    for have, (image,) in zip(outputs, samples):
+        torch.testing.assert_close(have, model(image).detach(), **TOLERANCE)
+    assert "kernel_size[0]=3 with dilation[0]=2 spans 6 > 5 tokens on axis 0" in error
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -110,7 +110,7 @@ def test_masks_and_counts_equal_brute_force(grid):
     want = brute_mask(*grid)
     assert torch.equal(dense_mask(params, extent, extent), want)
     tokens = torch.arange(want.shape[0])
-    flex = mask_mod(params, extent)(torch.tensor(0), torch.tensor(0), tokens[:, None], tokens[None, :])
+    flex = mask_mod(extent, *settings)(torch.tensor(0), torch.tensor(0), tokens[:, None], tokens[None, :])
     assert torch.equal(flex, want)
     assert visible_pairs(params, extent) == want.sum().item()
 
