@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""What torch.compile makes of attention with its neighbours: our lowering, extern calls alone, and eager.
+
+python -m bench.compiled neighbours     RoPE -> na2d -> gate, residual, one call
+python -m bench.compiled model          twelve blocks: inference and training, time to compile
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import natten_ops
+from bench.run import interleave, median_ratio
+
+
+def rope(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cosine + torch.cat([-second, first], -1) * sine
+
+
+class Attention(nn.Module):
+    """Queries and keys normalised and rotated; neighborhood attention, or torch's own over all tokens."""
+
+    def __init__(self, dim: int, heads: int, window: int | None, size: int) -> None:
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.project_in, self.project_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.query_norm, self.key_norm = nn.RMSNorm(dim // heads), nn.RMSNorm(dim // heads)
+        angles = torch.rand(size, size, 1, dim // heads) * 6
+        self.register_buffer("cosine", angles.cos())
+        self.register_buffer("sine", angles.sin())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project_in(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q, k = (rope(norm(t), self.cosine, self.sine) for norm, t in ((self.query_norm, q), (self.key_norm, k)))
+        if self.window is not None:
+            out = natten_ops.na2d(q, k, v, kernel_size=self.window)
+        else:
+            rows = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+            out = nn.functional.scaled_dot_product_attention(*rows).transpose(1, 2).view_as(q)
+        return self.project_out(out.flatten(-2))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int, window: int | None, size: int) -> None:
+        super().__init__()
+        self.attention = Attention(dim, heads, window, size)
+        self.first_norm, self.second_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.first_norm(x))
+        return x + self.mlp(self.second_norm(x))
+
+
+def model(window: int | None, size: int = 56, blocks: int = 12) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(128, 4, window, size) for _ in range(blocks)))
+
+
+def compiled(function: Callable[..., Any], extern: bool) -> Callable[..., Any]:
+    """A compilation of its own; `extern`: attention stays a call of the eager kernel."""
+    from natten_ops.lowerings import fused
+
+    torch._dynamo.reset()
+    reason = {"return_value": "the bench asked"} if extern else {"wraps": fused.why_not_template}
+    run = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def first(*arguments: Any) -> Any:
+        with mock.patch.object(fused, "why_not_template", **reason):
+            return run(*arguments)
+
+    return first
+
+
+def ratios(functions: dict[str, Callable[[], Any]], rounds: int) -> str:
+    times = interleave(functions, rounds)
+    against = [name for name in functions if name != "template"]
+    return ", ".join(f"{median_ratio(times['template'], times[name]):.3f} of {name}" for name in against)
+
+
+def neighbours(rounds: int) -> Iterator[str]:
+    def step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, residual: Tensor, window: int, *angles: Tensor) -> Tensor:
+        out = natten_ops.na2d(rope(q, *angles), rope(k, *angles), v, kernel_size=window)
+        return (out * torch.sigmoid(gate) + residual).bfloat16()
+
+    for size, dim, window in ((56, 32, 7), (32, 64, 13)):
+        tensors = torch.randn(5, 1, size, size, 4, dim).unbind()
+        angles = torch.randn(2, size, size, 1, dim).unbind()
+        call = (*tensors, window, *angles)
+        functions = {"template": compiled(step, False), "extern": compiled(step, True), "eager": step}
+        with torch.no_grad():
+            yield f"{size}x{size}, head dim {dim}, window {window}: template takes " + ratios(
+                {name: functools.partial(function, *call) for name, function in functions.items()}, rounds
+            )
+
+
+def twelve_blocks(rounds: int) -> Iterator[str]:
+    x = torch.randn(1, 56, 56, 128)
+    seconds = {}
+    for name, window in (("na", 7), ("sdpa", None)):
+        with torch._inductor.utils.fresh_cache(), torch.no_grad():
+            torch._dynamo.reset()
+            start = time.perf_counter()
+            torch.compile(model(window), fullgraph=True, dynamic=False)(x)
+            seconds[name] = time.perf_counter() - start
+    yield f"first call of 12 blocks: {seconds['na']:.1f} s with na2d, {seconds['sdpa']:.1f} s with SDPA"
+    net = model(7)
+    ways = {"template": compiled(net, False), "extern": compiled(net, True), "eager": net}
+    with torch.no_grad():
+        functions = {name: functools.partial(way, x) for name, way in ways.items()}
+        yield "inference: template takes " + ratios(functions, rounds)
+    ways = {"template": compiled(net, False), "extern": compiled(net, True), "eager": net}
+    parameters = list(net.parameters())
+
+    def train(way: Callable[[Tensor], Tensor]) -> Any:
+        return torch.autograd.grad(way(x).square().mean(), parameters)
+
+    yield "training: template takes " + ratios({n: functools.partial(train, way) for n, way in ways.items()}, rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["neighbours", "model"])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for line in {"neighbours": neighbours, "model": twelve_blocks}[options.what](options.rounds):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
