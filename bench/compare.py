@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""CSV files of bench/run.py for a person to read.
+"""CSV files of bench.run for a person to read.
 
 python -m bench.compare before.csv after.csv [--plot picture.png]    two runs side by side
 python -m bench.compare rows.csv --report docs/benchmarks.md         one run as a page, with a picture beside it

@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch._inductor.config.fx_graph_cache = False  # to which both lowerings of a graph are one
+    torch._functorch.config.enable_autograd_cache = False
     for line in {"neighbours": neighbours, "model": twelve_blocks}[options.what](options.rounds):
         print(line, flush=True)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from natten_ops import library_path
+from natten_ops._library import library_path
 
 # Loops are written for the contraction of a * b + c, which Inductor's flags forbid (15-18 % of the time without), and
 # -march=native tunes for the machine at hand, which costs 12-17 % on Zen: both measured with g++ 12.

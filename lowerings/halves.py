@@ -36,7 +36,7 @@ def _users_within_reach(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, to
 
 
 def _joins_a_query(match: Match) -> bool:
-    node = match.output_node()
+    node: Any = match.output_node()
     parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     shape = node.meta["val"].shape
     if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim not in (-1, len(shape) - 1):

@@ -3,14 +3,19 @@
 
 import importlib.metadata
 
-from natten_ops import nn
+from natten_ops import export, nn
 from natten_ops._library import library_path, show_config
 from natten_ops.functional import merge_attentions, na1d, na2d, na3d, neighborhood_attention
+from natten_ops.geometry.block_masks import block_mask, tile_permute, tile_unpermute, tiled_block_mask
+from natten_ops.geometry.masks import mask_mod
 
 __version__ = importlib.metadata.version("natten-ops")
 
 __all__ = [
+    "block_mask",
+    "export",
     "library_path",
+    "mask_mod",
     "merge_attentions",
     "na1d",
     "na2d",
@@ -18,4 +23,7 @@ __all__ = [
     "neighborhood_attention",
     "nn",
     "show_config",
+    "tile_permute",
+    "tile_unpermute",
+    "tiled_block_mask",
 ]

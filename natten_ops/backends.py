@@ -30,6 +30,10 @@ class Problem(NamedTuple):
     scale: float = 1.0
     head_dim: int = 1  # the smaller of the head dim and the value dim
     tile_bytes: int = 0  # scratch of one thread of the tiled CPU kernels
+    gradients: bool = False  # some input wants its gradient
+    lse: bool = False  # the log-sum-exp is asked for
+    additional: bool = False  # additional keys and values
+    sub_box: bool = False
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} tensors on {self.device}"
@@ -49,6 +53,8 @@ class Backend(NamedTuple):
     note: str
     positive_scale: bool = False  # takes scales above 0 only
     max_tile_bytes: int | None = None
+    output_only: tuple[str, ...] = ()  # devices on which it has no backward and no log-sum-exp
+    whole_grids: bool = False  # takes whole grids without additional tokens only
 
     def why_not(self, problem: Problem) -> list[str]:
         """Every reason why this backend cannot run the problem; empty if it can."""
@@ -69,7 +75,24 @@ class Backend(NamedTuple):
                 f"keeps the keys and scores of a tile in cache, {problem.tile_bytes} bytes here, "
                 f"at most {self.max_tile_bytes}: the window is too large"
             )
-        return reasons
+        return reasons + self._why_not_flex(problem)
+
+    def _why_not_flex(self, problem: Problem) -> list[str]:
+        """What FlexAttention lacks."""
+        checks = (
+            (
+                self.whole_grids and problem.additional,
+                "takes no additional keys and values: they lie outside of the grid",
+            ),
+            (
+                self.whole_grids and problem.sub_box,
+                "takes whole grids, no sub-boxes: leave out q_origin, kv_origin, extent",
+            ),
+            (problem.gradients, f"has no backward on {problem.device}: use torch.no_grad() or detach the inputs"),
+            (problem.lse, f"has no log-sum-exp on {problem.device}: leave out return_lse"),
+        )
+        here = problem.device in self.output_only
+        return [reason for place, (found, reason) in enumerate(checks) if found and (place < 2 or here)]
 
 
 BACKENDS = (
@@ -80,7 +103,7 @@ BACKENDS = (
         dtypes=ALL_DTYPES,
         backward=True,
         deterministic=True,
-        compiles="as an extern call",
+        compiles="as one kernel with its neighbours; backward: an extern call",
         verified_on="x86-64 with AVX2 and AVX-512",
         note="every option, any strides; not windows whose keys exceed 2 MB",
         positive_scale=True,
@@ -107,6 +130,19 @@ BACKENDS = (
         compiles="as ATen ops",
         verified_on="x86-64",
         note="plain torch, slow, gathers every window; only when named",
+    ),
+    Backend(
+        name="flex",
+        id=None,
+        devices=("cpu", "cuda", "xpu", "hpu", "mps"),
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        backward=True,
+        deterministic=False,
+        compiles="as `flex_attention`",
+        verified_on="x86-64, no accelerator",
+        note="FlexAttention with our block mask; no additional tokens, no sub-boxes; only when named",
+        output_only=("cpu", "mps"),
+        whole_grids=True,
     ),
 )
 
@@ -179,6 +215,7 @@ def table() -> str:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in b.dtypes)
         devices = "any" if b.devices is None else ", ".join(b.devices)
         backward = ("yes" if b.backward else "no") + (", deterministic" if b.deterministic else "")
-        exports = "as ATen ops" if b.id is None else "as `natten` ops"
+        backward += f", but not on {', '.join(b.output_only)}" if b.output_only else ""
+        exports = b.compiles if b.id is None else "as `natten` ops"
         rows.append((f"`{b.name}`", devices, dtypes, backward, b.compiles, exports, b.verified_on, b.note))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from natten_ops import backends, ops, reference  # noqa: F401  (ops registers the rules)
+from natten_ops.geometry.block_masks import block_mask
+from natten_ops.geometry.masks import score_mod
 from natten_ops.geometry.params import Box, NAParams, make_box, make_params
 from natten_ops.ops._register import AUTOCAST_KEYS, no_autocast
 from natten_ops.ops.arguments import autocast_inputs, check_inputs
@@ -221,9 +223,11 @@ def _attend(
     autocasts = device in AUTOCAST_KEYS and torch.is_autocast_enabled(device)
     seen = autocast_inputs(inputs, torch.get_autocast_dtype(device), device) if autocasts else inputs
     check_inputs(seen, params, box)
-    number = _backend_number(seen, params, box, scale, backend)
+    number = _backend_number(seen, params, box, scale, return_lse, backend)
     if number is None:
         with no_autocast(inputs.query.device.type):
+            if backend == "flex":
+                return _flex(seen, params, scale, return_lse)
             out, lse = reference.forward(seen, params, box, scale)
         return (out, lse) if return_lse else out
     # Sub-boxes go on as they came: sizes filled in here would recompile at every shape.
@@ -261,15 +265,18 @@ def _unknown_argument(function: str, name: str) -> str:
 
 
 def _backend_number(
-    inputs: Inputs, params: NAParams, box: Box | None, scale: float | None, name: str | None
+    inputs: Inputs, params: NAParams, box: Box | None, scale: float | None, return_lse: bool, name: str | None
 ) -> int | None:
-    """The op's backend id: 0 where the kernels choose, None for the reference, which is no kernel."""
+    """The op's backend id: 0 where the kernels choose, None for the reference and flex, which are no kernels."""
     problem = backends.Problem(inputs.query.device.type, inputs.query.dtype)
     real = problem.device != "meta" and not isinstance(inputs.query, torch._subclasses.FakeTensor)
     compiling = torch.compiler.is_compiling()
     if name is not None:
         if real and not compiling:  # compiled code learns it when it runs: the kernel raises for the same facts
             problem = backends.describe(inputs, params, box, scale)
+        gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        problem = problem._replace(gradients=gradients, lse=return_lse)
+        problem = problem._replace(additional=inputs.additional_keys is not None, sub_box=box is not None)
         return backends.require(name, problem).id
     if real or (compiling and not torch.compiler.is_exporting()):  # compiling for this process, not for another one
         backends.choose(problem)
@@ -277,3 +284,34 @@ def _backend_number(
             chosen = backends.choose(backends.describe(inputs, params, box, scale))
             _log.debug("%s runs %s", chosen.name, problem)
     return 0
+
+
+def _flex(inputs: Inputs, params: NAParams, scale: float | None, return_lse: bool) -> Any:
+    """FlexAttention on row-major tokens, heads first; bias and key mask through its score_mod."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    query, key, value, _, _, rpb, key_mask = inputs
+    shape, spatial_shape = query.shape[:-1], query.shape[1:-2]
+    if shape[-1] == 0:  # FlexAttention would divide by the number of heads
+        return reference.forward(inputs, params, None, scale)[: 1 + return_lse] if return_lse else value.new_empty(
+            *shape, value.shape[-1]
+        )
+    if key_mask is not None:  # what the mask hides is inert, NaN too: a weight of 0 alone would not do
+        key, value = (t.masked_fill(~key_mask[..., None, None], 0.0) for t in (key, value))
+    query, key, value = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
+    if query.device.type == "cpu":  # Inductor of torch 2.13 fails there on views of tensors with more than four dims
+        query, key, value = (t.contiguous() for t in (query, key, value))
+    if not torch.is_grad_enabled():  # on CPU FlexAttention refuses inputs that could have gradients, wanted or not
+        query, key, value = (t.detach() for t in (query, key, value))
+    out, aux = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=score_mod(params, spatial_shape, rpb, key_mask),
+        block_mask=block_mask(spatial_shape, *params, device=query.device),
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=return_lse),
+    )
+    out = out.transpose(1, 2).reshape(*shape, value.shape[-1]).contiguous()
+    return out if aux.lse is None else (out, aux.lse.transpose(1, 2).reshape(shape).contiguous())

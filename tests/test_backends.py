@@ -32,12 +32,17 @@ def test_ids_are_those_of_the_library():
 def test_facts_are_true(backend, dtype):
     """A backend runs forward and backward in each dtype that its record names."""
     inputs = NAMED["plain"].make(dtype)
-    assert backend.why_not(backends.Problem("cpu", dtype)) == []
-    query = inputs.query.requires_grad_()
+    assert (backend.why_not(backends.Problem("cpu", dtype)) == []) == (dtype in backend.dtypes)
+    if dtype not in backend.dtypes:
+        return
+    trains = "cpu" not in backend.output_only
+    query = inputs.query.requires_grad_(trains)
     out = natten_ops.na2d(query, inputs.key, inputs.value, kernel_size=(3, 5), backend=backend.name)
-    out.sum().backward()
-    assert backend.backward and query.grad is not None
-    torch.testing.assert_close(out, run(inputs, NAMED["plain"])[0])
+    if trains:
+        out.sum().backward()
+        assert backend.backward and query.grad is not None
+    rounding = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {}  # FlexAttention rounds its weights
+    torch.testing.assert_close(out, run(inputs, NAMED["plain"])[0], **(rounding if backend.name == "flex" else {}))
 
 
 def test_choice_takes_the_first_without_a_reason():

@@ -188,7 +188,7 @@ box incomplete | ValueError: a sub-box needs q_origin, kv_origin and extent; ext
 box too short | ValueError: q_origin=(0,) has 1 entries for 2 spatial axes; give 2
 box small extent | ValueError: extent[0]=5 is less than the 6 tokens of query; give the whole grid's
 natten's argument | TypeError: neighborhood_attention() got an unexpected keyword argument 'q_tile_shape': an argument of the natten package, which natten_ops.compat takes; leave it out here
-backend unknown | ValueError: backend='fast' is unknown; the backends of this version are cpu-tiled, cpu-general, reference
+backend unknown | ValueError: backend='fast' is unknown; the backends of this version are cpu-tiled, cpu-general, reference, flex
 kernel_size bool | TypeError: kernel_size[0]=True is a bool; give an int
 stride bool | TypeError: stride[0]=True is a bool; give an int
 is_causal int | TypeError: is_causal[1]=1 is a int; give True or False

@@ -206,13 +206,13 @@ def test_both_outputs_with_what_follows_each():
         return out, lse, out * g, lse * 2 + g[..., 0]
 
     compile_and_compare(both, q, k, v, g)
-    assert found() == (1, 2)
+    assert found() == (1, 1 if torch.__version__.startswith("2.11.") else 2)  # 2.11 fuses one and writes the other
 
 
 def test_packed_projections_are_read_in_place():
     x = torch.randn(2, 9, 12, 3, 4, 16)
-    (source,) = compile_and_compare(lambda x: natten_ops.na2d(*(x + 0.0).unbind(3), kernel_size=3), x)
-    assert found()[0] == 1 and source.count("async_compile.cpp_pybinding") == 2  # the addition, and ours
+    (source,) = compile_and_compare(lambda x: natten_ops.na2d(*x.sin().unbind(3), kernel_size=3), x)
+    assert found()[0] == 1 and source.count("async_compile.cpp_pybinding") == 2  # the sine, and ours
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -198,15 +198,16 @@ def checked_scale(scale: Any) -> Any:
     return number if isinstance(scale, float) else float(number)
 
 
+def autocast_tensor(tensor: Any, dtype: torch.dtype, device_type: str) -> Any:
+    """What autocast makes of one argument: floating-point tensors of its device get its dtype, float64 stays."""
+    if not isinstance(tensor, Tensor) or tensor.device.type != device_type or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def autocast_inputs(inputs: Inputs, dtype: torch.dtype, device_type: str) -> Inputs:
-    """What autocast makes of the inputs: q, k, v and additional tokens in its dtype; float64, rpb and mask as they are."""
-
-    def cast(tensor: Any) -> Any:
-        if tensor is None or tensor.device.type != device_type or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return Inputs(*[*map(cast, inputs[:5]), *inputs[5:]])
+    """What autocast makes of the inputs: q, k, v and additional tokens in its dtype; rpb and mask as they are."""
+    return Inputs(*[*(autocast_tensor(tensor, dtype, device_type) for tensor in inputs[:5]), *inputs[5:]])
 
 
 def check_saved(

@@ -29,7 +29,15 @@ from natten_ops.ops._register import (
     register_vmap,
     wake,
 )
-from natten_ops.ops.arguments import Settings, autocast_inputs, check_inputs, check_saved, checked_scale, lse_dtype
+from natten_ops.ops.arguments import (
+    Settings,
+    autocast_inputs,
+    autocast_tensor,
+    check_inputs,
+    check_saved,
+    checked_scale,
+    lse_dtype,
+)
 from natten_ops.reference import Inputs
 
 FORWARD, BACKWARD = "neighborhood_attention_lse", "neighborhood_attention_lse_backward"
@@ -287,7 +295,18 @@ def _casting_forward(*args: Any, **kwargs: Any) -> Callable[[torch.dtype, str], 
     return lambda dtype, device_type: _call_forward(settings, autocast_inputs(inputs, dtype, device_type))
 
 
+def _casting_composite(op: Any) -> Callable[..., Callable[[torch.dtype, str], Any]]:
+    """The composites cast as well: one that export keeps is decomposed later, below autocast, and would lose the cast."""
+
+    def casting(*args: Any, **kwargs: Any) -> Callable[[torch.dtype, str], Any]:
+        return lambda dtype, device_type: op(*(autocast_tensor(a, dtype, device_type) for a in args), **kwargs)
+
+    return casting
+
+
 register_autocast(FORWARD, _casting_forward)
+for rank in (1, 2, 3):
+    register_autocast(f"na{rank}d", _casting_composite(getattr(torch.ops.natten, f"na{rank}d")))
 
 
 # ---- vmap ----------------------------------------------------------------------------------------------------------

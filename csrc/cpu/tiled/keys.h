@@ -70,6 +70,10 @@ inline void pack_query_row(const TokenRow<T>& row, int tokens, int64_t dim, int6
   for (int v = 0; v * W < tokens; ++v)
     for (int64_t d = dim; d < score_dim; ++d) store(out + (v * score_dim + d) * W, splat(A(1)));
 }
+// The row of the next block that is likely to follow row r of this one.
+inline int64_t next_row(const BlockRow* rows, int count, int r, const Problem& p) {
+  return smaller(rows[r].y + (count > 1 ? count * (rows[1].y - rows[0].y) : 1), p.q_shape[1] - 1);
+}
 // The rows of a block: [row][vector][dim][W].
 template <class T, class A = Accumulate<T>>
 inline void pack_queries(const Problem& p, const Rows& tensor, const Owner& owner, int64_t head, const BlockRow* rows, int count, const Strip<A>& strip,
@@ -77,7 +81,7 @@ inline void pack_queries(const Problem& p, const Rows& tensor, const Owner& owne
   constexpr int W = kLanes<A>;
   const int tokens = int(smaller(to * W, strip.queries)) - from * W;
   for (int r = 0; r < count; ++r) {
-    const int64_t next = smaller(rows[r].y + (count > 1 ? count * (rows[1].y - rows[0].y) : 1), p.q_shape[1] - 1);  // the next block's
+    const int64_t next = next_row(rows, count, r, p);
     pack_query_row(tokens_of<T>(tensor, owner.batch, head, rows[r].z, rows[r].y, strip.query_token + from * W, next), tokens, dim,
                    score_dim, out + r * t.chunk * score_dim * W);
   }
