@@ -212,7 +212,12 @@ class ForwardTemplate(CppTemplate):
         return printer.addresses(token_reads(self.producer.inner_fn, size, self.rank), size[-1])
 
     def _out_reads(self, printer: _Printer, store: TokenStore) -> list[tuple[str, int]]:
-        return printer.addresses(store.reads(self.rank), self.layout.size[-1]) if store.epilogue else []
+        if not store.epilogue:
+            return []
+        strides = ir.FlexibleLayout.contiguous_strides(self.layout.size)
+        place = sum(at * stride for at, stride in zip(token_index(self.rank), strides))
+        written = [(node.get_name(), place + node.get_layout().offset) for node in store.kernel_outputs().values()]
+        return printer.addresses([*store.reads(self.rank), *written], self.layout.size[-1])
 
     def _rows(self, printer: _Printer, stores: Sequence[TokenStore]) -> dict[str, dict[str, Any]]:
         """Pointers and strides of csrc/problem.h, of inputs and of what the engine stores itself."""
@@ -283,7 +288,9 @@ class _Printer:
 
     def addresses(self, reads: Sequence[tuple[str, Any]], count: Any) -> list[tuple[str, int]]:
         """C++ addresses of the reads, and how many elements follow each."""
-        return [(f"({self.kernel.args.input(name)} + {self.number(index)})", int(count)) for name, index in reads]
+        args = self.kernel.args
+        names = [args.output(name) if name in args.output_buffers else args.input(name) for name, _ in reads]
+        return [(f"({name} + {self.number(index)})", int(count)) for name, (_, index) in zip(names, reads)]
 
     def rows(self, node: Any, batch: int | None, axes: list[int], head: int | None, dim: int | None) -> dict[str, Any]:
         strides = [self.number(stride) for stride in node.get_stride()]

@@ -226,7 +226,7 @@ def _attend(
     number = _backend_number(seen, params, box, scale, return_lse, backend)
     if number is None:
         with no_autocast(inputs.query.device.type):
-            if backend == "flex":
+            if backend == "flex" and seen.query.shape[-2] > 0:  # FlexAttention divides by the number of heads
                 return _flex(seen, params, scale, return_lse)
             out, lse = reference.forward(seen, params, box, scale)
         return (out, lse) if return_lse else out
@@ -292,10 +292,6 @@ def _flex(inputs: Inputs, params: NAParams, scale: float | None, return_lse: boo
 
     query, key, value, _, _, rpb, key_mask = inputs
     shape, spatial_shape = query.shape[:-1], query.shape[1:-2]
-    if shape[-1] == 0:  # FlexAttention would divide by the number of heads
-        return reference.forward(inputs, params, None, scale)[: 1 + return_lse] if return_lse else value.new_empty(
-            *shape, value.shape[-1]
-        )
     if key_mask is not None:  # what the mask hides is inert, NaN too: a weight of 0 alone would not do
         key, value = (t.masked_fill(~key_mask[..., None, None], 0.0) for t in (key, value))
     query, key, value = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
