@@ -36,7 +36,7 @@ def random_problem(rng):
     top = {1: 30, 2: 8, 3: 4}[rank]
     kernel = [rng.randint(1, top // 2 + 1) for _ in range(rank)]
     stride = [rng.randint(1, k) for k in kernel]
-    dilation = [rng.randint(1, 7 if rank == 1 else 3) for _ in range(rank)]
+    dilation = [rng.randint(1, (7, 3, 2)[rank - 1]) for _ in range(rank)]
     spatial = [rng.randint(k * d, max(k * d, top) + 2) for k, d in zip(kernel, dilation)]
     return tuple(spatial), kernel, stride, dilation, [rng.random() < 0.4 for _ in range(rank)]
 
@@ -92,7 +92,7 @@ def test_visited_and_full_blocks_equal_brute_force(monkeypatch):
     full = 0
     for number in range(500):
         spatial, *settings = random_problem(rng)
-        monkeypatch.setattr(blocks, "CHUNK_PAIRS", rng.choice([1, 300, 1 << 17, 1 << 17]))
+        monkeypatch.setattr(blocks, "CHUNK_PAIRS", rng.choice([1, *[300] * 3, *[1 << 17] * 12]))
         monkeypatch.setattr(blocks, "SHORT_AXIS", rng.choice([0, 5, 256]))
         want = brute_mask(spatial, *settings)
         tokens = want.shape[0]
@@ -265,10 +265,10 @@ def test_flex_without_gradients_takes_parameters_and_empty_tensors():
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_flex_in_a_compiled_model(backend):
     def model(tokens, rpb):
-        return natten_ops.na2d(*tokens.unbind(0), kernel_size=(3, 4), rpb=rpb, backend="flex") + 1
+        return natten_ops.na1d(*tokens.unbind(0), kernel_size=5, dilation=2, rpb=rpb, backend="flex") + 1
 
-    tokens, rpb = torch.randn(3, 1, 6, 7, 2, 16), torch.randn(2, 5, 7)
-    want = natten_ops.na2d(*tokens.unbind(0), kernel_size=(3, 4), rpb=rpb) + 1
+    tokens, rpb = torch.randn(3, 1, 42, 2, 16), torch.randn(2, 9)
+    want = natten_ops.na1d(*tokens.unbind(0), kernel_size=5, dilation=2, rpb=rpb) + 1
     dynamic = backend != "inductor"  # where it stops: test_where_torch_stops
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=backend)
     torch.testing.assert_close(compiled(tokens, rpb), want)
@@ -297,6 +297,20 @@ def test_one_graph_makes_the_masks_of_all_sizes():
     for shape in ((9, 11), (12, 17), (5, 33)):
         assert equal_lists(compiled(torch.zeros(shape)), tables_of(torch.zeros(shape)))
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_inductor_makes_the_same_tables(seed):
+    spatial, *settings = random_problem(random.Random(seed))
+
+    def make(x):
+        plain = natten_ops.block_mask(spatial, *settings, block_size=8, device="cpu")
+        tiled, order = natten_ops.tiled_block_mask(spatial, *settings, tile=(2,) * len(spatial), device="cpu")
+        return [getattr(mask, name) + x for mask in (plain, tiled) for name in TABLES] + [plain.to_dense(), order]
+
+    zero = torch.zeros((), dtype=torch.int32)
+    assert equal_lists(torch.compile(make, fullgraph=True)(zero), make(zero))
 
 
 @pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])

@@ -69,7 +69,7 @@ class WindowSums(NamedTuple):
     """Prefix sums over the windows of one axis: of a long dilation group, then of a short one."""
 
     longest: Any  # members of a long group
-    starts: Tensor  # int64 [2 * (longest + 1)]
+    starts: Tensor  # int64 [2, longest + 1]
     ends: Tensor
 
 
@@ -80,7 +80,7 @@ def window_sums(params: NAParams, axis: int, length: Any, device: Any) -> Window
     members = dilation * torch.arange(longest, device=device)
     members = torch.stack([members, (members + dilation - 1).clamp(max=length - 1)])
     _, start, end = axis_window(members, length, *params.axis(axis), ops=TENSORS)
-    return WindowSums(longest, *(pad(t.cumsum(1), (1, 0)).flatten() for t in (start, end)))
+    return WindowSums(longest, *(pad(t.cumsum(1), (1, 0)) for t in (start, end)))
 
 
 def axis_counts(params: NAParams, axis: int, length: Any, query: Tensor, key: Tensor, sums: WindowSums) -> Tensor:
@@ -113,8 +113,8 @@ def axis_pairs_before(params: NAParams, axis: int, length: Any, query: Tensor, k
     beyond = torch.where(j > 0, axis_inverse_window(before, *settings, ops=TENSORS)[2] + 1, 0)
     passed, beyond = torch.minimum(passed, i), torch.minimum(beyond, i)
     longest, starts, ends = sums
-    kind = torch.where(count < longest, longest + 1, 0)
-    seen = ends[kind + passed] + j * (beyond - passed) - starts[kind + beyond]
+    kind = (count < longest).to(torch.int64)
+    seen = ends[kind, passed] + j * (beyond - passed) - starts[kind, beyond]
     return (seen * weight).sum(0)
 
 
@@ -157,10 +157,7 @@ class RowMajor:
         self.params, self.spatial_shape, self.block_size = params, tuple(spatial_shape), block_size
         tokens = math.prod(spatial_shape)
         self.blocks = _ceil(tokens, block_size[0]), _ceil(tokens, block_size[1])
-        self._query, self._key = (
-            (torch.arange(count + 1, device=device) * size).clamp(max=tokens)
-            for count, size in zip(self.blocks, block_size)
-        )
+        self._query, self._key = (_edges(tokens, size, device) for size in block_size)
         self.all_keys = torch.arange(self.blocks[1], device=device)
         self._axes: list[_Axis] = []  # innermost first
         # No count exceeds the pairs of all queries and window slots; 32 bits take a third of the time of 64.
@@ -183,7 +180,7 @@ class RowMajor:
             counts = axis_counts(self.params, axis, length, places, places, sums).to(dtype)
             of_query, of_key, pairs = counts[:, query, length], counts[:, length, key], counts[3, length, length]
         else:
-            end = torch.full_like(query[:1], length)
+            end = self._query[-1:] // (math.prod(self.spatial_shape) // length)  # the length, from a sum as in `_edges`
             of_query = axis_counts(self.params, axis, length, query, end, sums)[:, :, 0].to(dtype)
             of_key = axis_counts(self.params, axis, length, end, key, sums)[:, 0].to(dtype)
             pairs = axis_pairs_before(self.params, axis, length, end, end, sums)[0, 0].to(dtype)
@@ -248,7 +245,7 @@ class Boxes:
         self.all_keys = torch.arange(self.blocks[1], device=device)
         self._pairs, self._tokens = [], []
         for axis, (length, size) in enumerate(zip(spatial_shape, tile)):
-            edges = (torch.arange(self.grid[axis] + 1, device=device) * size).clamp(max=length)
+            edges = _edges(length, size, device)
             sums = window_sums(params, axis, length, device)
             self._pairs.append(axis_pairs_before(params, axis, length, edges, edges, sums).diff(dim=0).diff(dim=1))
             self._tokens.append(edges.diff())
@@ -276,6 +273,14 @@ class Boxes:
 
 def _ceil(count: Any, size: int) -> Any:
     return (count + size - 1) // size
+
+
+def _edges(length: Any, size: int, device: Any) -> Tensor:
+    """int64 [blocks + 1]: where blocks of `size` begin, and the end of the last."""
+    # A sum of their lengths: Inductor of torch 2.13 would carry the formula of a range into all that is computed from it,
+    # and fails to simplify that ("vr must not be None").
+    sizes = (length - size * torch.arange(_ceil(length, size), device=device)).clamp(max=size)
+    return pad(sizes.cumsum(0), (1, 0))
 
 
 Ranges = Sequence[tuple[int, int]]
