@@ -35,7 +35,10 @@ BLOCK_SECONDS = 0.025
 
 
 def interleave(
-    functions: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    functions: dict[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    block_seconds: float = BLOCK_SECONDS,
 ) -> dict[str, list[float]]:
     """Milliseconds of a call of each contender, in blocks of calls, one block of each in every round."""
     repeats: dict[str, int] = {}
@@ -44,7 +47,7 @@ def interleave(
             start = clock()
             function()
             once = clock() - start
-        repeats[name] = max(1, round(BLOCK_SECONDS / max(once, 1e-6)))
+        repeats[name] = max(1, round(block_seconds / max(once, 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
