@@ -17,8 +17,6 @@ from natten_ops import _library
 from natten_ops.geometry.params import Box, NAParams
 
 ALL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
 CUDA_MISSING = "CUDA kernels are not part of this version yet"
 
 
@@ -79,20 +77,16 @@ class Backend(NamedTuple):
 
     def _why_not_flex(self, problem: Problem) -> list[str]:
         """What FlexAttention lacks."""
-        checks = (
-            (
-                self.whole_grids and problem.additional,
-                "takes no additional keys and values: they lie outside of the grid",
-            ),
-            (
-                self.whole_grids and problem.sub_box,
-                "takes whole grids, no sub-boxes: leave out q_origin, kv_origin, extent",
-            ),
-            (problem.gradients, f"has no backward on {problem.device}: use torch.no_grad() or detach the inputs"),
-            (problem.lse, f"has no log-sum-exp on {problem.device}: leave out return_lse"),
-        )
-        here = problem.device in self.output_only
-        return [reason for place, (found, reason) in enumerate(checks) if found and (place < 2 or here)]
+        reasons = []
+        if self.whole_grids and problem.additional:
+            reasons.append("takes no additional keys and values: they lie outside of the grid")
+        if self.whole_grids and problem.sub_box:
+            reasons.append("takes whole grids, no sub-boxes: leave out q_origin, kv_origin, extent")
+        if problem.device in self.output_only and problem.gradients:
+            reasons.append(f"has no backward on {problem.device}: use torch.no_grad() or detach the inputs")
+        if problem.device in self.output_only and problem.lse:
+            reasons.append(f"has no log-sum-exp on {problem.device}: leave out return_lse")
+        return reasons
 
 
 BACKENDS = (

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import NAMED, run
+from dense import errors_of_torch, worst
+from samples import NAMED, expected, run
 
 import natten_ops
 from natten_ops import backends
@@ -41,8 +42,11 @@ def test_facts_are_true(backend, dtype):
     if trains:
         out.sum().backward()
         assert backend.backward and query.grad is not None
-    rounding = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {}  # FlexAttention rounds its weights
-    torch.testing.assert_close(out, run(inputs, NAMED["plain"])[0], **(rounding if backend.name == "flex" else {}))
+    if backend.name == "flex" and dtype.itemsize == 2:  # it rounds its weights, as torch's own op does
+        error, _ = errors_of_torch(inputs, NAMED["plain"], torch.ones_like(out))
+        assert worst(out, expected(inputs, NAMED["plain"])[0]) <= 2 * error
+    else:
+        torch.testing.assert_close(out, run(inputs, NAMED["plain"])[0])
 
 
 def test_choice_takes_the_first_without_a_reason():

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from natten_ops.geometry.masks import axis_mask
+from natten_ops.geometry.masks import axis_mask, checked_params
 from natten_ops.geometry.params import AXIS_NAMES
-from natten_ops.tools.why import checked_params, describe
+from natten_ops.tools.why import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

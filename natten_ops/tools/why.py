@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from natten_ops import backends, flops
-from natten_ops.geometry.params import NAParams, make_params
+from natten_ops.geometry.masks import checked_params
+from natten_ops.geometry.params import NAParams
 from natten_ops.geometry.tiles import visible_pairs
 
 _OF_QUERY_KEY_VALUE = (True, True, True, False, False, False)
@@ -109,22 +110,6 @@ def _flops_text(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count} FLOP"
-
-
-def checked_params(
-    spatial_shape: Sequence[int],
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int],
-    dilation: int | Sequence[int],
-    is_causal: bool | Sequence[bool],
-) -> NAParams:
-    """The settings as a record that fits the grid; raises ValueError or TypeError with the way out."""
-    rank = len(spatial_shape)
-    if rank not in (1, 2, 3):
-        raise ValueError(f"spatial_shape={tuple(spatial_shape)} has {rank} axes; give 1, 2 or 3")
-    params = make_params(rank, kernel_size, stride, dilation, is_causal)
-    params.check_extent(spatial_shape)
-    return params
 
 
 def describe(spatial_shape: Sequence[int], params: NAParams) -> str:
