@@ -87,6 +87,7 @@ CASES = (
     _square("blocked", kernel=8, stride=8),
     _square("small", size=14, heads=2),
     _square("large", size=448, heads=2),
+    Case("in_parts", (64, 64), 1, 64, (63, 63)),  # a window whose keys exceed a thread's scratch
     _square("headline_bf16", dtype=torch.bfloat16),
     _square("headline_fp16", dtype=torch.float16),
     _square("headline_fp64", dtype=torch.float64),

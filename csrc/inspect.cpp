@@ -35,15 +35,19 @@ int64_t cpu_scratch_bytes(int64_t head_dim, int64_t value_dim) {
   return most;
 }
 
-// Scratch of one thread of the tiled path, for this problem; 0 where a head dim is empty.
+// Scratch of one thread of the tiled path, for this problem, windows whole or in parts where they do not fit; 0 where a
+// head dim is empty.
 int64_t cpu_tiled_scratch_bytes(const Tensor& query, const Tensor& key, const Tensor& value, Integers kernel_size, Integers stride,
                                 Integers dilation, Flags is_causal, OptionalTensor additional_keys, OptionalTensor additional_values,
-                                OptionalTensor rpb, OptionalTensor key_mask, Integers q_origin, Integers kv_origin, Integers extent) {
+                                OptionalTensor rpb, OptionalTensor key_mask, Integers q_origin, Integers kv_origin, Integers extent,
+                                bool whole) {
   const Arguments a{query, key, value, kernel_size, stride, dilation, is_causal, std::nullopt, additional_keys,
                     additional_values, rpb, key_mask, q_origin, kv_origin, extent};
   check(a);
   if (query.numel() == 0 || value.numel() == 0) return 0;
-  return cpu::tiled_scratch_bytes(make_problem(a), cpu_dtype(query));
+  Problem p = make_problem(a);
+  p.whole = whole;
+  return cpu::tiled_scratch_bytes(p, cpu_dtype(query));
 }
 
 }  // namespace
@@ -54,7 +58,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(natten, m) {
   m.def("_cpu_scratch_bytes(int head_dim, int value_dim) -> int");
   m.def("_cpu_tiled_scratch_bytes(Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride, int[] dilation, "
         "bool[] is_causal, Tensor? additional_keys, Tensor? additional_values, Tensor? rpb, Tensor? key_mask, "
-        "int[] q_origin, int[] kv_origin, int[] extent) -> int");
+        "int[] q_origin, int[] kv_origin, int[] extent, bool whole) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(natten, CPU, m) {
   m.impl("_windows", TORCH_BOX(&windows));

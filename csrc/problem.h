@@ -23,6 +23,7 @@ struct Problem {
   Rows query, key, value, additional_keys, additional_values, out, lse;
   Rows rpb;       // dense; token: strides of the table's axes, dim unused
   bool rpb_wide;  // the table is float32 beside 16-bit inputs
+  bool whole;     // tiled path: windows may not be handled in parts
   // Tiled path, for bench.tune_cpu: queries of a strip, rows of a block, heads together, bytes of a chunk; 0: choose.
   int64_t tiling[4];
   Rows key_mask;

@@ -100,7 +100,7 @@ def _described(inputs: Sequence[Any], params: NAParams, scale: float | None, box
             None if s is None else torch.empty((), dtype=s[1], device="cpu").expand([max(n, 1) for n in s[0]])
             for s in shapes
         ]
-        return backends.describe(shells, params, box, scale)
+        return backends.describe(shells, params, box, scale, whole=True)
 
 
 # ---- the template --------------------------------------------------------------------------------------------------

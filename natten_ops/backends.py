@@ -28,6 +28,7 @@ class Problem(NamedTuple):
     scale: float = 1.0
     head_dim: int = 1  # the smaller of the head dim and the value dim
     tile_bytes: int = 0  # scratch of one thread of the tiled CPU kernels
+    large: str = "the head dim"  # what tile_bytes goes with
     gradients: bool = False  # some input wants its gradient
     lse: bool = False  # the log-sum-exp is asked for
     additional: bool = False  # additional keys and values
@@ -71,7 +72,7 @@ class Backend(NamedTuple):
         if self.max_tile_bytes is not None and problem.tile_bytes > self.max_tile_bytes:
             reasons.append(
                 f"keeps the keys and scores of a tile in cache, {problem.tile_bytes} bytes here, "
-                f"at most {self.max_tile_bytes}: the window is too large"
+                f"at most {self.max_tile_bytes}: {problem.large} is too large"
             )
         return reasons + self._why_not_flex(problem)
 
@@ -99,7 +100,7 @@ BACKENDS = (
         deterministic=True,
         compiles="as one kernel with its neighbours; backward: an extern call",
         verified_on="x86-64 with AVX2 and AVX-512",
-        note="every option, any strides; not windows whose keys exceed 2 MB",
+        note="every option, any window, any strides; not head dims, bias tables or additional tokens of some 2 MB",
         positive_scale=True,
         max_tile_bytes=2 << 20,
     ),
@@ -141,8 +142,13 @@ BACKENDS = (
 )
 
 
-def describe(inputs: Sequence[Tensor | None], params: NAParams, box: Box | None, scale: float | None) -> Problem:
-    """Everything that the choice depends on; `inputs` in the order of `reference.Inputs`, on any device."""
+def describe(
+    inputs: Sequence[Tensor | None], params: NAParams, box: Box | None, scale: float | None, whole: bool = False
+) -> Problem:
+    """Everything that the choice depends on; `inputs` in the order of `reference.Inputs`, on any device.
+
+    `whole` asks for tiles that hold whole windows, which is all that generated code has.
+    """
     query, _, value, *_ = inputs
     assert query is not None and value is not None
     tile_bytes = 0
@@ -150,9 +156,14 @@ def describe(inputs: Sequence[Tensor | None], params: NAParams, box: Box | None,
         # Shapes alone count; fresh tensors of them, because those at hand may be batched by vmap.
         shells = [None if t is None else torch.empty((), dtype=t.dtype, device="cpu").expand(t.shape) for t in inputs]
         lists = [list(entry) for entry in params], [list(entry) for entry in box or ((), (), ())]
-        tile_bytes = torch.ops.natten._cpu_tiled_scratch_bytes(*shells[:3], *lists[0], *shells[3:], *lists[1])
+        tile_bytes = torch.ops.natten._cpu_tiled_scratch_bytes(*shells[:3], *lists[0], *shells[3:], *lists[1], whole)
     head_dim = min(query.shape[-1], value.shape[-1])
-    return Problem(query.device.type, query.dtype, 1.0 if scale is None else scale, head_dim, tile_bytes)
+    large = "the window" if whole else Problem._field_defaults["large"]
+    if inputs[5] is not None:
+        large = "the bias table"
+    elif inputs[3] is not None:
+        large += " or the number of additional tokens"
+    return Problem(query.device.type, query.dtype, 1.0 if scale is None else scale, head_dim, tile_bytes, large)
 
 
 NAMES = tuple(backend.name for backend in BACKENDS)

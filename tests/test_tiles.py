@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tiles: problems of more than one strip, range or chunk, against the general kernels, which know no tiles."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -33,6 +34,21 @@ LARGE = {
     ),
     "wide_heads": Problem((9, 20), (3, 5), head_dim=130, value_dim=80),
 }
+# Windows whose keys exceed the scratch: met in parts, along one axis or more.
+PARTS = {
+    "planes": Problem((9, 16, 18), (7, 13, 15), head_dim=64, batch=1, heads=1),
+    "rows": Problem((44, 50), (41, 43), head_dim=48, batch=1, heads=1),
+    "line": Problem((6000,), (5000,), head_dim=12, batch=1, heads=1),
+    "causal_line": Problem((3001,), (2500,), is_causal=(True,), head_dim=50, batch=1, heads=1, additional=3),
+    "causal": Problem((42, 47), (39, 31), is_causal=(True, True), head_dim=64, batch=1, heads=1, mask=True),
+    "strided": Problem((50, 54), (40, 45), stride=(40, 7), head_dim=64, batch=1, heads=1),
+    "causal_strided": Problem((37, 64), (33, 44), stride=(5, 9), is_causal=(True, True), head_dim=64, batch=1, heads=1),
+    "dilated": Problem((81, 90), (39, 28), dilation=(2, 3), head_dim=64, batch=1, heads=1, additional=5, mask=True),
+    "groups": Problem((3, 2500), (1, 800), dilation=(3, 3), head_dim=80, batch=1, heads=1),
+    "box": Problem((60, 60), (41, 43), head_dim=64, batch=1, heads=1, box=((5, 11), (50, 47))),
+    "shared_heads": Problem((30, 40), (27, 31), heads=4, group=2, head_dim=110, value_dim=20, batch=2, mask=True),
+    "wide_heads": Problem((6, 9), (3, 5), head_dim=1300, value_dim=700),
+}
 
 
 def everything(problem, backend, dtype=torch.float64):
@@ -49,6 +65,28 @@ def everything(problem, backend, dtype=torch.float64):
 def test_tiles_equal_the_general_kernels(name):
     for have, want in zip(everything(LARGE[name], TILED), everything(LARGE[name], GENERAL)):
         torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_windows_equal_the_general_kernels(name):
+    problem = PARTS[name]
+    inputs, bound = problem.make(torch.float64), backends.by_name("cpu-tiled").max_tile_bytes
+    whole = backends.describe(inputs, *problem.geometry(), problem.scale, whole=True)
+    parts = backends.describe(inputs, *problem.geometry(), problem.scale)
+    assert parts.tile_bytes <= bound < whole.tile_bytes
+    for have, want in zip(everything(problem, TILED), everything(problem, GENERAL)):
+        torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-11)
+
+
+@given(problem=problems())
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_parts_of_any_problem_equal_the_general_kernels(problem):
+    """Head dims so large that small windows come in parts."""
+    problem = dataclasses.replace(problem, head_dim=1500, rpb=False)
+    tile = backends.describe(problem.make(torch.float64), *problem.geometry(), problem.scale)
+    if not backends.by_name("cpu-tiled").why_not(tile):
+        for have, want in zip(everything(problem, TILED), everything(problem, GENERAL)):
+            torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-10, equal_nan=True)
 
 
 @given(problem=problems())
@@ -90,9 +128,9 @@ def test_scratch_does_not_grow_with_the_image():
 
 def test_named_tiles_never_fall_back():
     """What the tiled kernels do not take raises with the reason, in the op and in Python; unnamed it runs."""
-    too_large = Problem((70, 70), (65, 65), head_dim=64, batch=1, heads=1)
+    too_large = Problem((7,), (3,), head_dim=10_000, batch=1, heads=1)
     bound = backends.by_name("cpu-tiled").max_tile_bytes  # the library's is problem.h's: one number
-    for problem, word in ((Problem((7,), (3,), scale=-1.0), "positive scales"), (too_large, "the window is too large")):
+    for problem, word in ((Problem((7,), (3,), scale=-1.0), "positive scales"), (too_large, "the head dim is too large")):
         inputs = problem.make(torch.float32)
         with pytest.raises(
             RuntimeError, match=f"backend=2 .cpu-tiled. cannot run this problem.* at most {bound} bytes"

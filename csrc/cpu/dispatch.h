@@ -41,7 +41,7 @@ ForwardKernels tiled_forward_kernels(Dtype dtype);
 BackwardKernels backward_kernels(Dtype dtype);
 TiledBackwardKernels tiled_backward_kernels(Dtype dtype);
 
-// What a thread of the tiled path takes, of either pass and with every gradient: the same whichever pass asks, so that
+// Bytes that a thread of the tiled path takes, of either pass and with every gradient: the same whichever pass asks, so that
 // both choose alike. Above kMaxTiledBytes, or with a scale that is not positive, or an empty head dim, it is not chosen.
 int64_t tiled_scratch_bytes(const Problem& problem, Dtype dtype);
 

@@ -38,6 +38,12 @@ struct Query {
   int64_t token, first, end, bias;
 };
 
+// Of its window the slots [from, from + size), as far as it has them.
+inline Query part_of(const Query& q, int64_t from, int64_t size) {
+  const int64_t first = smaller(q.first + from, q.end);
+  return {q.token, first, smaller(first + size, q.end), q.bias + from};
+}
+
 struct PlacedAxis {
   Axis axis;
   int64_t q_origin, kv_origin;

@@ -5,8 +5,9 @@
 // dq = ds k (owned by the query), dk = ds q and dv = P dout (added up by blocks of queries, in float32 rows). Neither out
 // nor lse is read: both have been rounded (see ../neighborhood_attention_backward.cpp). Owners of one colour share no
 // keys, and colours follow each other: deterministic without atomics, for any number of threads.
+// Windows in parts are walked twice: for the statistics of whole rows, then for the gradients.
 #pragma once
-#include "keys.h"
+#include "parts.h"
 
 namespace natten {
 namespace {
@@ -44,13 +45,17 @@ template <class A> struct BiasGradients {
 template <class T> struct Backward {
   using A = Accumulate<T>;
   static constexpr int W = kLanes<A>;
+  static constexpr bool kParts = true;
   const Problem& p;
   Tiling t;
   PackedKeys<T> keys;
   Strip<A> strip;
   BiasTables<A> bias;
   BiasGradients<A> bias_gradients;
+  Gathered<A> gathered;
+  bool measuring = false;           // the first walk over the parts
   int most;                         // outputs of a group
+  int additional_here;              // tokens that are attended to here: all with the first part of a window
   A *queries[2], *gradients[2];     // of a chunk: transposed, and dense rows [row][query][pitch]
   A *scores, *slopes;               // s, then P; <dout, v>, then ds
   A* sums;
@@ -84,15 +89,17 @@ template <class T> struct Backward {
     scores = c.take<A>(lanes * t.slots);
     slopes = c.take<A>(lanes * t.slots);
     sums = c.take<A>(kMaxOutputs * keys.key.pitch);
+    gathered.carve(c, t, keys.key.pitch);
     additional[0] = p.grad_additional_keys.data ? c.take<A>(t.heads_together * p.additional * keys.key.pitch) : nullptr;
     additional[1] = p.grad_additional_values.data ? c.take<A>(t.heads_together * p.additional * keys.value.pitch) : nullptr;
     visits = c.take<Visit<A>>(t.rows * visits_per_row());
     key_row = c.take<KeyRow>(keys.rows());
     bytes = c.used;
     if (memory) keys.clear();
-    most = outputs_per_group(int(larger(keys.key.pitch, keys.value.pitch) / W), int(p.axis[2].kernel));
+    most = outputs_per_group(int(larger(keys.key.pitch, keys.value.pitch) / W), int(t.part[2]));
+    additional_here = int(p.additional);
   }
-  int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }
+  int64_t visits_per_row() const { return t.part[0] * t.part[1]; }
 
   // Partial sums of one part, over its owners.
   struct Partials {
@@ -102,10 +109,12 @@ template <class T> struct Backward {
   void run(const Owner& owner, const Partials& partials) {
     bias.template fill<T>(p, owner.head);
     for (int64_t begin = owner.query_begin; begin < owner.query_end; begin += t.strip) {
-      strip.fill(t, begin, smaller(begin + t.strip, owner.query_end), most);
+      const int64_t end = smaller(begin + t.strip, owner.query_end);
+      strip.fill(t, begin, end, most);
       keys.start(owner);
       clear_sums();
       for_blocks(p, t, owner, [&](const BlockRow* rows, int count) {
+        if (!t.whole) return differentiate_in_parts(owner, begin, end, rows, count);
         keys.bring(owner, strip, rows, count);
         const int64_t group = p.heads / p.heads_kv;
         for (int64_t n = 0; n < t.heads_together; ++n) {
@@ -137,7 +146,7 @@ template <class T> struct Backward {
   void list_block(const Owner& owner, int64_t n, const BlockRow* rows, int count) {
     const A* const keys_of_head = keys.ring_of(keys.key, 1, n);
     for (int r = 0; r < count; ++r)
-      listed[r] = list_rows(keys.ring, keys_of_head, keys.key.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
+      listed[r] = list_rows(keys.ring, keys_of_head, keys.key.size[1], rows[r], t.part[2], visits + r * visits_per_row());
     key_rows = 0;
     for (int64_t z = rows[0].z_begin; z < rows[0].z_end; ++z)
       for (int64_t y = rows[0].y_begin; y < rows[count - 1].y_end; ++y) {
@@ -149,7 +158,7 @@ template <class T> struct Backward {
         for (int r = 0; r < count; ++r) {
           if (y < rows[r].y_begin || y >= rows[r].y_end) continue;
           key.row[key.count] = r;
-          key.slot[key.count++] = ((z - rows[r].z_begin) * (rows[r].y_end - rows[r].y_begin) + y - rows[r].y_begin) * p.axis[2].kernel;
+          key.slot[key.count++] = ((z - rows[r].z_begin) * (rows[r].y_end - rows[r].y_begin) + y - rows[r].y_begin) * t.part[2];
         }
       }
   }
@@ -163,6 +172,7 @@ template <class T> struct Backward {
       score(n, rows, count, from, to);
       for (int r = 0; r < count; ++r)
         for (int v = from; v < to; ++v) differentiate(owner, local, rows[r], r, v, from);
+      if (measuring) continue;
       if (p.grad_query.data)
         for (int g = strip.group_begin[chunk]; g < strip.group_begin[chunk + 1]; ++g)  // rows innermost: they share keys
           for (int r = 0; r < count; ++r) sum_query(owner, n, head, rows[r], r, strip.groups[g]);
@@ -171,6 +181,7 @@ template <class T> struct Backward {
         if (p.grad_key.data) add_keys(group, first, slopes, queries[1], keys.key.pitch, 0, p.sum_key.token[2]);
         if (p.grad_value.data && p.grad_out.data) add_keys(group, first, scores, gradients[1], keys.value.pitch, 1, p.sum_value.token[2]);
       });
+      if (!additional_here) continue;
       if (additional[0]) add_additional(rows, count, from, slopes, queries[1], keys.key.pitch, additional[0] + n * additional_size(0));
       if (additional[1] && p.grad_out.data) add_additional(rows, count, from, scores, gradients[1], keys.value.pitch, additional[1] + n * additional_size(1));
     }
@@ -194,25 +205,35 @@ template <class T> struct Backward {
     score_chunk<A, Anything>(logits, t, keys.ring, strip, rows, count, from, to);
     if (p.grad_out.data) score_chunk<A, Anything>(output, t, keys.ring, strip, rows, count, from, to);
     else std::memset(slopes, 0, size_t(t.rows * t.chunk * t.slots * W) * sizeof(A));
-    if (!p.additional) return;
-    score_additional<A, Anything>(logits, t, keys.additional_of(keys.key, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
+    if (!additional_here) return;
+    score_additional<A, Anything>(logits, t, keys.additional_of(keys.key, 0, n), keys.additional_pitch(), additional_here, rows, count, from, to);
     if (p.grad_out.data)
-      score_additional<A, Anything>(output, t, keys.additional_of(keys.value, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
+      score_additional<A, Anything>(output, t, keys.additional_of(keys.value, 0, n), keys.additional_pitch(), additional_here, rows, count, from, to);
   }
-  // Scores -> P and slopes -> ds, for one vector of queries.
+  // Scores -> P and slopes -> ds, for one vector of queries; or, of parts, their statistics alone.
   void differentiate(const Owner& owner, int64_t local, const BlockRow& row, int r, int v, int from) {
     const int64_t head = owner.head * (p.heads / p.heads_kv) + local;
     const int64_t at = (r * t.chunk + v - from) * t.slots * W;
-    const int kernel = int(p.axis[2].kernel), window = window_slots(row, t), slots = window + int(p.additional);
+    const int kernel = int(t.part[2]), window = window_slots(row, t), slots = window + additional_here;
     A *s = scores + at, *g = slopes + at;
-    Statistics<A> statistics = weigh_vector(s, p, t, strip, bias, head, row, v);
+    Statistics<A> statistics = weigh_vector(s, p, t, strip, bias, head, row, v, additional_here);
     forget_hidden(keys, strip, row, v, s, statistics);
     cut_short<A>(g, window, kernel, strip.cut[v], A(0));
     Vector<A> total{};
     for (int i = 0; i < slots; ++i) total += load(s + i * W) * load(g + i * W);
+    if (measuring) {
+      gathered.join(r, v, statistics, total);
+      return;
+    }
     const auto dead = statistics.total == 0;  // every weight is 0, whatever the gradients are
-    const Vector<A> inverse = dead ? Vector<A>{} : 1 / statistics.total;
+    Vector<A> factor = splat(A(1));  // of weights, to those of the whole window
+    if (!t.whole) {
+      factor = gathered.relative(statistics.maximum, load(gathered.number(r, v, 0)));
+      statistics.total = load(gathered.number(r, v, 1)), total = load(gathered.number(r, v, 2));
+    }
+    Vector<A> inverse = dead ? Vector<A>{} : 1 / statistics.total;
     const Vector<A> delta = dead ? Vector<A>{} : total * inverse - grad_lse(owner, head, row, v);
+    inverse *= factor;
     for (int i = 0; i < slots; ++i) {
       const Vector<A> weight = load(s + i * W) * inverse;
       store(s + i * W, weight);
@@ -246,12 +267,37 @@ template <class T> struct Backward {
       out[n] = sums + n * keys.key.pitch;
     }
     sum_columns<A, Anything>(group, coefficient, visits + r * visits_per_row(), listed[r], keys.key.pitch, out, nullptr, false);
-    if (p.additional) {
+    if (additional_here) {
       const Visit<A> all{keys.additional_of(keys.key, 1, head_kv), 0};
-      sum_columns<A, Anything>(flat_group(group, int(p.additional)), extra, &all, 1, keys.key.pitch, out, nullptr, true);
+      sum_columns<A, Anything>(flat_group(group, additional_here), extra, &all, 1, keys.key.pitch, out, nullptr, true);
     }
+    for (int n = 0; n < group.count; ++n) {
+      const int q = group.first + n;
+      if (t.whole) write_query(owner, head, row, q, out[n]);
+      else
+        for (int64_t d = 0; d < gathered.pitch; d += W) store(gathered.row(r, q) + d, load(gathered.row(r, q) + d) + load(out[n] + d));
+    }
+  }
+  void write_query(const Owner& owner, int64_t head, const BlockRow& row, int q, const A* from) const {
     T* const to = row_of<T>(p.grad_query, owner.batch, head, row.z, row.y);
-    for (int n = 0; n < group.count; ++n) write_row<T>(out[n], to + strip.query_token[group.first + n] * p.grad_query.token[2], p.head_dim);
+    write_row<T>(from, to + strip.query_token[q] * p.grad_query.token[2], p.head_dim);
+  }
+  // A block whose windows come in parts: one head of queries after the other, because each gathers rows of its own.
+  void differentiate_in_parts(const Owner& owner, int64_t begin, int64_t end, const BlockRow* rows, int count) {
+    const int64_t group = p.heads / p.heads_kv;
+    for (int64_t h = 0; h < group; ++h) {
+      gathered.clear(count);
+      for (int walk = 0; walk < 2; ++walk) {
+        measuring = walk == 0;
+        for_parts(keys, strip, owner, begin, end, most, rows, count, [&](const BlockRow* part, bool first) {
+          additional_here = first ? int(p.additional) : 0;
+          list_block(owner, 0, part, count);
+          differentiate_block(owner, 0, h, part, count);
+        });
+      }
+      for (int r = 0; p.grad_query.data && r < count; ++r)
+        for (int q = 0; q < strip.queries; ++q) write_query(owner, owner.head * group + h, rows[r], q, gathered.row(r, q));
+    }
   }
   // Adds coefficients * rows of the block's queries to the keys' sums: dk (0) from ds and queries, dv (1) from P and dout.
   void add_keys(const Group& group, int first, const A* coefficients, const A* dense, int64_t pitch, int which, int64_t stride) const {

@@ -18,7 +18,7 @@ constexpr int outputs_per_call(int columns) {
 }
 
 // For t in [begin, end) the outputs [low, high) are active; low is 0 or high is all.
-struct Run { short begin, end, low, high; };
+struct Run { int begin, end, low, high; };
 struct Group {
   int first, count;  // outputs [first, first + count)
   bool diagonal;     // each band is one further than the last, and at least `count` long
@@ -48,7 +48,7 @@ template <class Visit> inline void for_groups(const int* first, const int* last,
       while (high < g.count && group_first[high] <= t) ++high;
       int next = group_last[low];
       if (high < g.count && group_first[high] < next) next = group_first[high];
-      g.run[g.runs++] = {short(t), short(next), short(low), short(high)};
+      g.run[g.runs++] = {t, next, low, high};
       t = next;
     }
     visit(g);
@@ -57,7 +57,7 @@ template <class Visit> inline void for_groups(const int* first, const int* last,
 }
 
 // The same outputs, all of which use the rows [0, rows).
-inline Group flat_group(const Group& group, int rows) { return {group.first, group.count, false, 1, {{0, short(rows), 0, short(group.count)}}}; }
+inline Group flat_group(const Group& group, int rows) { return {group.first, group.count, false, 1, {{0, rows, 0, group.count}}}; }
 
 // Coefficients of outputs that are queries: a pointer for each, one vector of lanes a slot. `slots` is the visit's.
 template <class A> struct ByQuery {

@@ -13,7 +13,7 @@
 // * Not tried: rows narrower than a vector (7x7 in AVX-512 wastes 9 of 16 lanes), loads shared by neighbouring vectors of
 //   queries in one dimension, GEMM tiles for blocked attention, AVX512-BF16 and AMX.
 #pragma once
-#include "keys.h"
+#include "parts.h"
 
 namespace natten {
 namespace {
@@ -40,13 +40,17 @@ using NoHooks = Hooks<Nothing, Nothing, Nothing, Nothing, Nothing>;
 template <class T, class G = Anything, class H = NoHooks> struct Forward {
   using A = Accumulate<T>;
   static constexpr int W = kLanes<A>;
+  static constexpr bool kParts = std::is_same_v<G, Anything>;  // generated code is made for whole windows
   const Problem& p;
   Tiling t;
   PackedKeys<T> keys;
   Strip<A> strip;
   BiasTables<A> bias;
-  int most;  // outputs of a group
-  A *queries, *scores, *sums, *inverse;
+  Gathered<A> gathered;
+  int most;             // outputs of a group
+  int additional_here;  // tokens that are attended to here: all with the first part of a window
+  A *queries, *scores, *sums;
+  A *inverse, *earlier;  // of each query: 1 / total; or the factors of this part's sums (0: nothing seen) and of earlier ones
   A* computed;        // queries of a row of a chunk, dense
   int64_t* counting;  // 0, 1, 2, ..
   Visit<A>* visits;  // of each row of a block
@@ -68,22 +72,32 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
     scores = c.take<A>(t.rows * t.chunk * t.slots * W);
     sums = c.take<A>(kMaxOutputs * keys.value.pitch);
     inverse = c.take<A>(t.rows * t.chunk * W);
+    earlier = t.whole ? nullptr : c.take<A>(t.rows * t.chunk * W);
+    gathered.carve(c, t, keys.value.pitch);
     computed = H::computes_query ? c.take<A>(t.chunk * W * p.head_dim) : nullptr;
     counting = H::computes_query ? c.take<int64_t>(t.chunk * W) : nullptr;
     visits = c.take<Visit<A>>(t.rows * visits_per_row());
     bytes = c.used;
-    most = outputs_per_group(int(keys.value.pitch / W), int(p.axis[2].kernel));
+    most = outputs_per_group(int(keys.value.pitch / W), int(t.part[2]));
+    additional_here = int(p.additional);
     if (!memory) return;
     keys.clear();
     for (int64_t i = 0; counting && i < t.chunk * W; ++i) counting[i] = i;
   }
-  int64_t visits_per_row() const { return p.axis[0].kernel * p.axis[1].kernel; }
+  int64_t visits_per_row() const { return t.part[0] * t.part[1]; }
 
   void run(const Owner& owner) {
     bias.template fill<T>(p, owner.head);
     for (int64_t begin = owner.query_begin; begin < owner.query_end; begin += t.strip) {
-      strip.fill(t, begin, smaller(begin + t.strip, owner.query_end), most);
+      const int64_t end = smaller(begin + t.strip, owner.query_end);
+      strip.fill(t, begin, end, most);
       keys.start(owner);
+      if constexpr (kParts) {
+        if (!t.whole) {
+          for_blocks(p, t, owner, [&](const BlockRow* rows, int count) { attend_in_parts(owner, begin, end, rows, count); });
+          continue;
+        }
+      }
       for_blocks(p, t, owner, [&](const BlockRow* rows, int count) { attend_block(owner, rows, count); });
     }
   }
@@ -91,11 +105,15 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
     const int64_t group = p.heads / p.heads_kv;
     keys.bring(owner, strip, rows, count);
     for (int64_t n = 0; n < t.heads_together; ++n) {
-      const A* const values = keys.ring_of(keys.value, 1, n);
-      for (int r = 0; r < count; ++r)
-        listed[r] = list_rows(keys.ring, values, keys.value.size[1], rows[r], p.axis[2].kernel, visits + r * visits_per_row());
+      list_block(n, rows, count);
       for (int64_t h = 0; h < group; ++h) attend(owner, n, (owner.head + n) * group + h, rows, count);
     }
+  }
+
+  void list_block(int64_t n, const BlockRow* rows, int count) {
+    const A* const values = keys.ring_of(keys.value, 1, n);
+    for (int r = 0; r < count; ++r)
+      listed[r] = list_rows(keys.ring, values, keys.value.size[1], rows[r], t.part[2], visits + r * visits_per_row());
   }
 
   // One head of queries, of one block; its keys are those of the owner's n-th head.
@@ -111,8 +129,8 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
       pack(owner, head, rows, count, from, to);
       const Products<A> products{queries, keys.ring_of(keys.key, 0, n), keys.score_dim, keys.key.size[0], scores};
       score_chunk<A, G>(products, t, keys.ring, strip, rows, count, from, to);
-      if (p.additional)
-        score_additional<A, G>(products, t, keys.additional_of(keys.key, 0, n), keys.additional_pitch(), int(p.additional), rows, count, from, to);
+      if (additional_here)
+        score_additional<A, G>(products, t, keys.additional_of(keys.key, 0, n), keys.additional_pitch(), additional_here, rows, count, from, to);
       for (int r = 0; r < count; ++r)
         for (int v = from; v < to; ++v) finish_softmax(owner, head, rows[r], r, v, from);
       for (int g = strip.group_begin[chunk]; g < strip.group_begin[chunk + 1]; ++g)  // rows innermost: they share values
@@ -141,10 +159,20 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
   }
   void finish_softmax(const Owner& owner, int64_t head, const BlockRow& row, int r, int v, int from) {
     const int64_t at = r * t.chunk + v - from;
-    Statistics<A> s = weigh_vector(scores + at * t.slots * W, p, t, strip, bias, head, row, v);
+    Statistics<A> s = weigh_vector(scores + at * t.slots * W, p, t, strip, bias, head, row, v, additional_here);
     forget_hidden(keys, strip, row, v, scores + at * t.slots * W, s);
+    if constexpr (kParts) {
+      if (!t.whole) {
+        const auto factors = gathered.join(r, v, s, Vector<A>{});
+        store(inverse + at * W, s.total == 0 ? Vector<A>{} : factors.here);
+        store(earlier + at * W, factors.earlier);
+        return;
+      }
+    }
     store(inverse + at * W, s.total == 0 ? Vector<A>{} : 1 / s.total);
-    if (!H::takes_lse && !p.lse.data) return;
+    if (H::takes_lse || p.lse.data) write_lse(owner, head, row, v, s);
+  }
+  void write_lse(const Owner& owner, int64_t head, const BlockRow& row, int v, const Statistics<A>& s) const {
     const Vector<A> lse = s.maximum + log_of_sum(s.total);
     const int lanes = int(smaller(W, strip.queries - v * W));
     if constexpr (H::takes_lse) {
@@ -167,19 +195,63 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
       factor[n] = inverse[r * t.chunk * W + q - from * W];
       out[n] = sums + n * keys.value.pitch;
     }
-    sum_columns<A, G>(group, coefficient, visits + r * visits_per_row(), listed[r], keys.value.pitch, out, p.additional ? nullptr : factor, false);
-    if (p.additional) {
+    sum_columns<A, G>(group, coefficient, visits + r * visits_per_row(), listed[r], keys.value.pitch, out, additional_here ? nullptr : factor, false);
+    if (additional_here) {
       const Visit<A> all{keys.additional_of(keys.value, 1, head_kv), 0};
-      sum_columns<A, G>(flat_group(group, int(p.additional)), extra, &all, 1, keys.value.pitch, out, factor, true);
+      sum_columns<A, G>(flat_group(group, additional_here), extra, &all, 1, keys.value.pitch, out, factor, true);
     }
     for (int n = 0; n < group.count; ++n)
       if (factor[n] == 0) std::memset(out[n], 0, size_t(keys.value.pitch) * sizeof(A));  // 0 * NaN of a value that nobody attends to
-    const int64_t* const places = strip.query_token + group.first;
+    if constexpr (kParts) {
+      if (!t.whole) return gather(group, r, from);
+    }
+    write_rows(owner, head, row, group.first, group.count, sums);
+  }
+  void write_rows(const Owner& owner, int64_t head, const BlockRow& row, int first, int count, A* rows) const {
+    const int64_t* const places = strip.query_token + first;
     if constexpr (H::takes_out) {
-      call(*hooks.out, owner, head, row, places, group.count, sums, keys.value.pitch);
+      call(*hooks.out, owner, head, row, places, count, rows, keys.value.pitch);
     } else {
       T* const to = row_of<T>(p.out, owner.batch, head, row.z, row.y);
-      for (int n = 0; n < group.count; ++n) write_row<T>(out[n], to + places[n] * p.out.token[2], p.value_dim);
+      for (int n = 0; n < count; ++n) write_row<T>(rows + n * keys.value.pitch, to + places[n] * p.out.token[2], p.value_dim);
+    }
+  }
+
+  // The same for windows in parts: one head of queries after the other, because each gathers rows of its own.
+  void attend_in_parts(const Owner& owner, int64_t begin, int64_t end, const BlockRow* rows, int count) {
+    const int64_t group = p.heads / p.heads_kv;
+    for (int64_t h = 0; h < group; ++h) {
+      const int64_t head = owner.head * group + h;
+      gathered.clear(count);
+      for_parts(keys, strip, owner, begin, end, most, rows, count, [&](const BlockRow* part, bool first) {
+        additional_here = first ? int(p.additional) : 0;
+        list_block(0, part, count);
+        attend(owner, 0, head, part, count);
+      });
+      for (int r = 0; r < count; ++r) write_gathered(owner, head, rows[r], r);
+    }
+  }
+  // A group's sums of one part, after those of earlier parts.
+  void gather(const Group& group, int r, int from) const {
+    for (int n = 0; n < group.count; ++n) {
+      const int q = group.first + n;
+      A* const to = gathered.row(r, q);
+      const Vector<A> kept = splat(earlier[r * t.chunk * W + q - from * W]);
+      for (int64_t d = 0; d < gathered.pitch; d += W) store(to + d, load(to + d) * kept + load(sums + n * gathered.pitch + d));
+    }
+  }
+  void write_gathered(const Owner& owner, int64_t head, const BlockRow& row, int r) const {
+    for (int v = 0; v < strip.vectors; ++v) {
+      const Statistics<A> s{load(gathered.number(r, v, 0)), load(gathered.number(r, v, 1))};
+      const Vector<A> factor = s.total == 0 ? Vector<A>{} : 1 / s.total;
+      const int lanes = int(smaller(W, strip.queries - v * W));
+      for (int l = 0; l < lanes; ++l)
+        for (int64_t d = 0; d < gathered.pitch; d += W) {
+          A* const at = gathered.row(r, v * W + l) + d;
+          store(at, load(at) * factor[l]);
+        }
+      write_rows(owner, head, row, v * W, lanes, gathered.row(r, v * W));
+      if (H::takes_lse || p.lse.data) write_lse(owner, head, row, v, s);
     }
   }
 };

@@ -99,12 +99,13 @@ template <class A, class G>
 inline void score_chunk(const Products<A>& a, const Tiling& t, const Ring& ring, const Strip<A>& strip, const BlockRow* rows,
                         int count, int from, int to) {
   constexpr int W = kLanes<A>;
-  const int kernel = int(t.axis[2].axis.kernel);
+  const int kernel = int(t.part[2]);
   for (int64_t z = rows[0].z_begin; z < rows[0].z_end; ++z)
     for (int64_t y = rows[0].y_begin; y < rows[count - 1].y_end; ++y) {
       int low = 0, high = 0;  // the rows that see this row of keys
-      while (rows[low].y_end <= y) ++low;
+      while (low < count && rows[low].y_end <= y) ++low;
       while (high < count && rows[high].y_begin <= y) ++high;
+      if (low >= high) continue;  // between parts of windows
       const A* keys = a.keys + ring.slot(z, y) * a.key_size;
       for (int v = from; v < to; ++v) {
         const A* query[kRows];
@@ -120,7 +121,7 @@ inline void score_chunk(const Products<A>& a, const Tiling& t, const Ring& ring,
 }
 
 inline int window_slots(const BlockRow& row, const Tiling& t) {
-  return int((row.z_end - row.z_begin) * (row.y_end - row.y_begin) * t.axis[2].axis.kernel);
+  return int((row.z_end - row.z_begin) * (row.y_end - row.y_begin) * t.part[2]);
 }
 
 // The additional tokens' scores, after those of the window.
@@ -146,9 +147,9 @@ inline void score_additional(const Products<A>& a, const Tiling& t, const A* key
 // Scores of one vector of queries -> weights, not yet divided by their total. Returns the statistics of scale * score.
 template <class A>
 inline Statistics<A> weigh_vector(A* scores, const Problem& p, const Tiling& t, const Strip<A>& strip, const BiasTables<A>& bias,
-                                  int64_t head, const BlockRow& row, int vector) {
+                                  int64_t head, const BlockRow& row, int vector, int additional) {
   constexpr A kLog2e = A(1.4426950408889634);
-  const int kernel = int(t.axis[2].axis.kernel), window = window_slots(row, t), slots = window + int(p.additional);
+  const int kernel = int(t.part[2]), window = window_slots(row, t), slots = window + additional;
   const A scale = A(p.scale);
   if (bias.tables) {
     A* at = scores;
@@ -292,10 +293,10 @@ inline void forget_hidden(const PackedKeys<T>& keys, const Strip<A>& strip, cons
 }
 
 // The rows of one form of the keys that a row of queries sees.
-template <class A> inline int list_rows(const Ring& ring, const A* rows, int64_t size, const BlockRow& row, int64_t kernel, Visit<A>* list) {
+template <class A> inline int list_rows(const Ring& ring, const A* rows, int64_t size, const BlockRow& row, int64_t slots, Visit<A>* list) {
   int count = 0;
   for (int64_t z = row.z_begin; z < row.z_end; ++z)
-    for (int64_t y = row.y_begin; y < row.y_end; ++y, ++count) list[count] = {rows + ring.slot(z, y) * size, count * kernel};
+    for (int64_t y = row.y_begin; y < row.y_end; ++y, ++count) list[count] = {rows + ring.slot(z, y) * size, count * slots};
   return count;
 }
 

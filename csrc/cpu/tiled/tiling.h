@@ -3,7 +3,7 @@
 //
 // An owner has a strip of queries along the innermost axis and a range of rows along the middle one, of one (batch,
 // key head); it walks blocks of up to kRows rows and keeps the rows of keys that they see in a ring. Outer axes are lists
-// of rows only. Queries of one block row are handled in chunks of a few vectors.
+// of rows only. Queries of one block row are handled in chunks of a few vectors. Windows that do not fit are met in parts.
 #pragma once
 #include "../carver.h"
 #include "axis.h"
@@ -48,6 +48,8 @@ template <class A> inline Problem turned(const Problem& p) {
 
 struct Tiling {
   PlacedAxis axis[kAxes];
+  int64_t part[kAxes];          // slots of the window that are handled at a time: all of them (whole), or a part (parts.h)
+  bool whole;
   int64_t strip, strips;        // queries of a strip: a multiple of the lanes
   int64_t strips_together;      // consecutive strips of one owner
   int64_t heads_together;       // heads of keys of one owner
@@ -55,20 +57,26 @@ struct Tiling {
   int64_t columns;              // keys of the longest strip
   int64_t pitch;                // of a transposed row of keys: room for the loads of every lane map
   int64_t ring[2];              // rows of keys that are kept: outer x middle axis
-  int64_t slots;                // of the longest window, additional tokens included
+  int64_t slots;                // of the longest window or part, additional tokens included
   int64_t rows, chunk;          // rows of a block, vectors of queries of a chunk
   int64_t strip_owners() const { return ceil_div(strips, strips_together); }
   int64_t pairs(const Problem& p) const { return p.batch * p.heads_kv / heads_together; }
   int64_t owners(const Problem& p) const { return pairs(p) * ranges * strip_owners(); }
 };
 
-// Rows of keys that `rows` consecutive queries of one dilation group see together, at most.
-inline int64_t union_of(const Axis& a, int64_t rows) {
-  return smaller(a.kernel + rows - 1 + a.stride - 1, ceil_div(a.length, a.dilation));
+// Keys that `rows` consecutive queries of one dilation group see together of windows (or parts) of `slots`, at most.
+inline int64_t union_of(const Axis& a, int64_t slots, int64_t rows) {
+  return smaller(slots + rows - 1 + a.stride - 1, ceil_div(a.length, a.dilation));
+}
+// Keys that a strip of queries sees of parts of their windows, at most: those between two windows have no column.
+inline int64_t columns_of_parts(const Axis& a, int64_t slots, int64_t strip) {
+  const int64_t shortest = a.length / a.dilation, groups = strip <= shortest ? 2 : strip / shortest + 2;
+  return smaller(strip + groups * (slots + a.stride), (strip / a.stride + 2 * groups) * slots);
 }
 
 struct TilingOptions {
   int64_t strip, rows, heads_together, chunk_bytes, owners;
+  int64_t part[kAxes] = {0, 0, 0};  // 0: whole
 };
 
 // True if pieces of `size` queries, two apart, never share a key: then pieces of equal parity may add to the keys'
@@ -83,30 +91,35 @@ inline bool apart(const PlacedAxis& axis, int64_t size) {
 template <class A> inline Tiling make_tiling(const Problem& p, const TilingOptions& options) {
   constexpr int W = kLanes<A>;
   Tiling t;
-  for (int a = 0; a < kAxes; ++a) t.axis[a] = PlacedAxis::of(p, a);
+  t.whole = true;
+  t.slots = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    t.axis[a] = PlacedAxis::of(p, a);
+    t.part[a] = options.part[a] ? options.part[a] : p.axis[a].kernel;
+    t.whole &= t.part[a] == p.axis[a].kernel;
+    t.slots *= t.part[a];
+  }
+  t.slots += p.additional;
   const PlacedAxis &middle = t.axis[1], &inner = t.axis[2];
   const int64_t length = p.q_shape[2];
   t.strips = ceil_div(length, options.strip);
   t.strip = round_up(ceil_div(length, t.strips), W);
   t.strips = ceil_div(length, t.strip);
   t.strips_together = apart(inner, t.strip) ? 1 : t.strips;
-  t.columns = 0;
-  for (int64_t s = 0; s < t.strips; ++s) {
+  const bool parted = t.part[2] < inner.axis.kernel;
+  t.columns = parted ? columns_of_parts(inner.axis, t.part[2], t.strip) : 0;
+  for (int64_t s = 0; !parted && s < t.strips; ++s) {
     const int64_t last = smaller((s + 1) * t.strip, length) - 1;
     t.columns = larger(t.columns, inner.query_at(last).end - inner.query_at(s * t.strip).first);
   }
-  // Loads of whole vectors reach past the last column, those of causal lanes without a window past it too. An odd multiple
-  // of 8: rows do not share L1 sets.
-  t.pitch = round_up(t.columns + W + (inner.axis.causal ? inner.axis.kernel : 0), 16) + 8;
-  t.slots = p.additional;
-  int64_t window = 1;
-  for (int a = 0; a < kAxes; ++a) window *= p.axis[a].kernel;
-  t.slots += window;
+  // Loads of whole vectors reach past the last column, those of lanes whose window is cut short past it too. An odd
+  // multiple of 8: rows do not share L1 sets.
+  t.pitch = round_up(t.columns + W + (inner.axis.causal || parted ? t.part[2] : 0), 16) + 8;
   const int64_t row_bytes = t.slots * W * int64_t(sizeof(A));
   t.rows = options.rows;
   t.heads_together = options.heads_together;
-  t.ring[0] = p.axis[0].kernel;
-  t.ring[1] = union_of(middle.axis, t.rows);
+  t.ring[0] = t.part[0];
+  t.ring[1] = union_of(middle.axis, t.part[1], t.rows);
   const int64_t vectors = t.strip / W, fitting = larger(1, smaller(options.chunk_bytes / (row_bytes * t.rows), vectors));
   t.chunk = ceil_div(vectors, ceil_div(vectors, fitting));  // even chunks
   const int64_t wanted = ceil_div(options.owners, t.pairs(p) * t.strip_owners());
@@ -169,7 +182,6 @@ template <class Visit> inline void for_blocks(const Problem& p, const Tiling& t,
 // The tables of a strip.
 template <class A> struct Strip {
   int queries, columns, vectors;
-  int64_t first_column;
   int64_t *query_token, *key_token;
   int *first, *last;        // columns of each query's keys
   int* bias_of;             // entry of the bias table of each query's first key
@@ -198,30 +210,34 @@ template <class A> struct Strip {
     seen_to = keys ? c.take<int>(t.columns) : nullptr;
   }
 
-  void fill(const Tiling& t, int64_t begin, int64_t end, int most) {
+  // The queries [begin, end), and of their windows the slots from `slot` on, as many as fit.
+  void fill(const Tiling& t, int64_t begin, int64_t end, int most, int64_t slot = 0) {
     constexpr int W = kLanes<A>;
     const PlacedAxis& inner = t.axis[2];
     queries = int(end - begin);
     vectors = (queries + W - 1) / W;
-    int made = 0, columns_end = 0;
+    int made = 0;
+    int64_t zero = 0, listed = 0;  // the place of column 0, and of the first key that has no column yet
     int offset_of[W], first_of[W], count_of[W];
-    inner.for_queries(begin, end, [&](const Query& q) {
-      if (!made) first_column = q.first;
+    columns = 0;
+    inner.for_queries(begin, end, [&](const Query& window) {
+      const Query q = part_of(window, slot, t.part[2]);
+      if (!made) zero = listed = q.first;
+      if (q.first > listed) zero += q.first - listed, listed = q.first;  // keys that nobody sees have no column
+      if (q.end > listed) inner.for_keys(listed, q.end, [&](int64_t token) { key_token[columns++] = token; });
+      listed = larger(listed, q.end);
       query_token[made] = q.token;
-      first[made] = int(q.first - first_column);
-      columns_end = last[made] = int(q.end - first_column);
+      first[made] = int(q.first - zero);
+      last[made] = int(q.end - zero);
       bias_of[made] = int(q.bias);
       const int lane = made % W, vector = made / W;
       place[made] = int((vector % t.chunk * t.slots - first[made]) * W + lane);
       lane_place[made] = int(vector * t.slots * W + lane);
       for (int l = lane; l < W; ++l) offset_of[l] = int(q.bias), first_of[l] = first[made], count_of[l] = int(q.end - q.first);
-      if (lane == W - 1 || made == queries - 1) finish_vector(vector, int(inner.axis.kernel), first_of, count_of, offset_of);
+      if (lane == W - 1 || made == queries - 1) finish_vector(vector, int(t.part[2]), first_of, count_of, offset_of);
       ++made;
     });
-    columns = columns_end;
     int at = 0;
-    inner.for_keys(first_column, first_column + columns, [&](int64_t token) { key_token[at++] = token; });
-    at = 0;
     for (int c = 0; c * t.chunk < vectors; ++c) {
       group_begin[c] = at;
       const int from = int(c * t.chunk * W), stop = int(smaller((c + 1) * t.chunk * W, queries));
@@ -264,7 +280,35 @@ template <class T> inline int64_t heads_that_share_pages(const Problem& p) {
   return together;
 }
 
-// The largest tiles whose scratch stays within `limit`, or the smallest ones.
+// Whole windows are cut to this many slots first: the scores of four rows of a vector then take 64 KB.
+constexpr int64_t kPartSlots = 256;
+
+// Tiles of parts of the windows: the outermost axis is cut first, so that runs along the innermost stay long.
+template <class Pass, class T> inline Tiling fit_parts(const Problem& p, TilingOptions options, int64_t limit) {
+  const int64_t sizes[][3] = {{64, kRows, 32}, {32, kRows, 32}, {16, kRows, 32}, {16, 2, 32}, {16, 1, 1}};  // and fewest slots
+  options.heads_together = 1;
+  Tiling t;
+  for (const auto& size : sizes) {
+    options.strip = size[0];
+    options.rows = p.axis[1].stride > 1 ? 1 : size[1];  // parts of strided windows lie apart
+    for (int a = 0; a < kAxes; ++a) options.part[a] = p.axis[a].kernel;
+    for (int a = 0; a < kAxes;) {
+      int64_t* const part = options.part;
+      const int64_t slots = part[0] * part[1] * part[2];
+      if (slots <= kPartSlots) {
+        t = make_tiling<Accumulate<T>>(p, options);
+        if (Pass(p, t, nullptr).bytes <= limit) return t;
+      }
+      if (slots <= size[2]) break;
+      while (a < kAxes && part[a] == 1) ++a;
+      if (a < kAxes) part[a] = ceil_div(p.axis[a].kernel, ceil_div(p.axis[a].kernel, ceil_div(part[a], 2)));  // even parts
+    }
+  }
+  return t;
+}
+
+// The largest tiles whose scratch stays within `limit`; if none, and the pass can, tiles of parts of the windows; or the
+// smallest ones.
 template <class Pass, class T> inline Tiling fit_tiling(const Problem& p, TilingOptions options, int64_t limit) {
   const int64_t most = heads_that_share_pages<T>(p);
   const int64_t sizes[][3] = {{most > 1 ? 64 : options.strip, kRows, most}, {64, kRows, 1}, {32, kRows, 1}, {16, kRows, 1}, {16, 2, 1}, {16, 1, 1}};
@@ -273,8 +317,10 @@ template <class Pass, class T> inline Tiling fit_tiling(const Problem& p, Tiling
   for (const auto& size : sizes) {
     options.strip = size[0], options.rows = size[1], options.heads_together = size[2];
     t = make_tiling<Accumulate<T>>(p, options);
-    if (Pass(p, t, nullptr).bytes <= limit) break;
+    if (Pass(p, t, nullptr).bytes <= limit) return t;
   }
+  if constexpr (Pass::kParts)  // a bias table would be read in parts too, and is not
+    if (!p.whole && !p.rpb.data) return fit_parts<Pass, T>(p, options, limit);
   return t;
 }
 
