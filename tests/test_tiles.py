@@ -130,7 +130,10 @@ def test_named_tiles_never_fall_back():
     """What the tiled kernels do not take raises with the reason, in the op and in Python; unnamed it runs."""
     too_large = Problem((7,), (3,), head_dim=10_000, batch=1, heads=1)
     bound = backends.by_name("cpu-tiled").max_tile_bytes  # the library's is problem.h's: one number
-    for problem, word in ((Problem((7,), (3,), scale=-1.0), "positive scales"), (too_large, "the head dim is too large")):
+    for problem, word in (
+        (Problem((7,), (3,), scale=-1.0), "positive scales"),
+        (too_large, "the head dim is too large"),
+    ):
         inputs = problem.make(torch.float32)
         with pytest.raises(
             RuntimeError, match=f"backend=2 .cpu-tiled. cannot run this problem.* at most {bound} bytes"
