@@ -17,14 +17,14 @@ from natten_ops.reference import Inputs
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One self-attention of seeded numbers, batch 1."""
+    """One self-attention of seeded numbers."""
 
     name: str
     spatial: tuple[int, ...]
     heads: int
     head_dim: int
     kernel_size: tuple[int, ...]
-    stride: int = 1
+    stride: int | tuple[int, ...] = 1
     dilation: int = 1
     is_causal: bool = False
     dtype: torch.dtype = torch.float32
@@ -32,6 +32,8 @@ class Case:
     rpb: bool = False
     mask: bool = False
     additional: int = 0
+    batch: int = 1
+    device: str = "cpu"
 
     @property
     def params(self) -> NAParams:
@@ -47,28 +49,28 @@ class Case:
         return not (self.rpb or self.mask or self.additional or self.heads_kv)
 
     def inputs(self) -> Inputs:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(self.dtype)
+            return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
 
         heads_kv = self.heads_kv or self.heads
-        query = draw(1, *self.spatial, self.heads, self.head_dim)
-        key, value = (draw(1, *self.spatial, heads_kv, self.head_dim) for _ in range(2))
+        query = draw(self.batch, *self.spatial, self.heads, self.head_dim)
+        key, value = (draw(self.batch, *self.spatial, heads_kv, self.head_dim) for _ in range(2))
         more: list[Any] = [None] * 4
         if self.additional:
-            more[:2] = (draw(1, self.additional, heads_kv, self.head_dim) for _ in range(2))
+            more[:2] = (draw(self.batch, self.additional, heads_kv, self.head_dim) for _ in range(2))
         if self.rpb:
             more[2] = draw(self.heads, *(2 * kernel - 1 for kernel in self.kernel_size))
         if self.mask:
-            more[3] = torch.rand(1, *self.spatial, generator=generator) > 0.1
+            more[3] = torch.rand(self.batch, *self.spatial, generator=generator, device=self.device) > 0.1
         return Inputs(query, key, value, *more)
 
     def work(self, kind: str) -> int:
         """Useful FLOPs: of the forward, 3.5 times that with the backward."""
-        shape = (1, *self.spatial, self.heads, self.head_dim)
+        shape = (self.batch, *self.spatial, self.heads, self.head_dim)
         forward = flops.forward_flops(shape, shape, self.params)
-        forward += 4 * self.heads * self.tokens * self.additional * self.head_dim
+        forward += 4 * self.batch * self.heads * self.tokens * self.additional * self.head_dim
         return int(forward if kind == "forward" else 3.5 * forward)
 
 
@@ -98,4 +100,13 @@ CASES = (
 )
 # The cost of a pixel must not depend on the size of the image.
 SCALING = tuple(_square(f"scaling_{size}", size=size) for size in (56, 112, 224, 448))
-SUITES = {"cpu": CASES, "smoke": CASES[:1] + CASES[8:9]}
+_ON_GPU: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+GPU_CASES = (
+    Case("video_strided", (30, 48, 80), 24, 128, (18, 24, 24), (2, 8, 8), **_ON_GPU),
+    Case("video", (30, 48, 80), 24, 128, (18, 24, 24), **_ON_GPU),
+    Case("image", (256, 256), 24, 128, (80, 80), **_ON_GPU),
+    Case("long_line", (32768,), 24, 128, (2048,), **_ON_GPU),
+    Case("image_31", (128, 128), 24, 128, (31, 31), **_ON_GPU),
+    _square("headline_64", batch=64, **_ON_GPU),
+)
+SUITES = {"cpu": CASES, "smoke": CASES[:1] + CASES[8:9], "gpu": GPU_CASES}

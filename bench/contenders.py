@@ -46,7 +46,7 @@ def gather(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _heads_first(case: Case, attention: Attention) -> Attention:
     def run(*tensors: Tensor) -> Tensor:
         out = attention(*(t.flatten(1, -3).transpose(1, 2) for t in tensors))
-        return out.transpose(1, 2).reshape(1, *case.spatial, case.heads, case.head_dim)
+        return out.transpose(1, 2).reshape(case.batch, *case.spatial, case.heads, case.head_dim)
 
     return run
 
@@ -56,13 +56,20 @@ def masked_sdpa(case: Case) -> Attention:
     return _heads_first(case, functools.partial(scaled_dot_product_attention, attn_mask=mask))
 
 
+def _compiled_flex(mask: Any) -> Attention:
+    """The views outside: torch 2.13 fails on views of 5-D inputs inside, on CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(functools.partial(flex_attention, block_mask=mask), fullgraph=True, dynamic=False)
+
+
 def flex(case: Case) -> Attention:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
     visible = mask_mod(case.spatial, *case.params)
-    mask = create_block_mask(visible, None, None, case.tokens, case.tokens, device="cpu")
-    compiled = torch.compile(functools.partial(flex_attention, block_mask=mask), fullgraph=True, dynamic=False)
-    return _heads_first(case, compiled)  # the views outside: torch 2.13 fails on views of 5-D inputs inside
+    return _heads_first(
+        case, _compiled_flex(create_block_mask(visible, None, None, case.tokens, case.tokens, device="cpu"))
+    )
 
 
 def original(case: Case) -> Attention:
@@ -74,8 +81,36 @@ def original(case: Case) -> Attention:
     return lambda q, k, v: function(q, k, v, kernel_size=case.kernel_size, **settings)
 
 
+def flex_in_tiles(case: Case) -> Attention:
+    """FlexAttention on tokens in box-shaped tiles, brought there and back by index ops that it fuses."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    tile = {1: (128,), 2: (8, 16), 3: (2, 8, 8)}[len(case.spatial)]
+    mask, order = natten_ops.tiled_block_mask(case.spatial, *case.params, tile=tile, device=case.device)
+
+    def run(*tensors: Tensor) -> Tensor:
+        tiled = (natten_ops.tile_permute(t, order, dim=2) for t in tensors)
+        return natten_ops.tile_unpermute(flex_attention(*tiled, block_mask=mask), order, case.spatial, dim=2)
+
+    return _heads_first(case, torch.compile(run, fullgraph=True, dynamic=False))
+
+
+def on_gpu(case: Case, peers: bool) -> dict[str, Attention]:
+    """Ours is FlexAttention with our block mask, until there are kernels."""
+    torch.compiler.reset()
+    mask = natten_ops.block_mask(case.spatial, *case.params, device=case.device)
+    found = {"natten_ops": _heads_first(case, _compiled_flex(mask)), "natten_ops_tiled": flex_in_tiles(case)}
+    if peers:
+        found["dense_sdpa"] = _heads_first(case, scaled_dot_product_attention)
+    if peers and importlib.util.find_spec("natten"):
+        found["natten"] = original(case)
+    return found
+
+
 def contenders(case: Case, inputs: Inputs, kind: str, peers: bool) -> dict[str, Attention]:
     """By name; `kind` is forward or training. Absent ones cannot do the case or would take minutes."""
+    if case.device != "cpu":
+        return on_gpu(case, peers)
     found: dict[str, Attention] = {
         "natten_ops": ours(case, inputs, None),
         "cpu-general": ours(case, inputs, "cpu-general"),
@@ -99,16 +134,33 @@ def contenders(case: Case, inputs: Inputs, kind: str, peers: bool) -> dict[str, 
     return found
 
 
+def _samples(case: Case) -> list[tuple[slice, ...]]:
+    """The queries that are checked: all, or of the large cases of GPUs two an axis at the corner and in the middle."""
+    if case.device == "cpu":
+        return [(slice(None),)]
+    corners = ((0,) * len(case.spatial), tuple(n // 2 for n in case.spatial))
+    return [(slice(None), *(slice(at, at + 2) for at in corner)) for corner in corners]
+
+
+def _expected(case: Case, inputs: Inputs, box: tuple[slice, ...]) -> Tensor:
+    if case.device == "cpu" and case.tokens > 3136:  # the reference gathers every window
+        return ours(case, inputs, "cpu-general")(*inputs[:3]).double()
+    doubles = Inputs(*(t if t is None or t.dtype == torch.bool else t.cpu().double() for t in inputs))
+    if case.device == "cpu":
+        return reference.forward(doubles, case.params, None, None)[0]
+    place = {"q_origin": [axis.start for axis in box[1:]], "kv_origin": [0] * len(case.spatial), "extent": case.spatial}
+    settings = (case.kernel_size, case.stride, case.dilation, case.is_causal)
+    query, key, value = doubles[:3]
+    return natten_ops.neighborhood_attention(query[box], key, value, *settings, **place, backend="cpu-general")
+
+
 def check(case: Case, inputs: Inputs, found: dict[str, Attention]) -> None:
     """No contender is timed before its numbers are right."""
-    if case.tokens > 3136:  # the reference gathers every window
-        want = ours(case, inputs, "cpu-general")(*inputs[:3]).double()
-    else:
-        doubles = (t if t is None or t.dtype == torch.bool else t.double() for t in inputs)
-        want, _ = reference.forward(Inputs(*doubles), case.params, None, None)
+    wanted = [(box, _expected(case, inputs, box)) for box in _samples(case)]
     tolerance = 1e-4 if case.dtype in (torch.float32, torch.float64) else 3e-2
     for name, attention in found.items():
-        error = (attention(*inputs[:3]).double() - want).abs().max().item()
+        out = attention(*inputs[:3])
+        error = max((out[box].cpu().double() - want).abs().max().item() for box, want in wanted)
         assert name == "dense_sdpa" or error < tolerance, f"{case.name}: {name} is off by {error}"
 
 
@@ -125,18 +177,11 @@ def calls(case: Case, kind: str, found: dict[str, Attention], inputs: Inputs) ->
     return {name: functools.partial(step, attention) for name, attention in found.items()}
 
 
-@functools.lru_cache(maxsize=1)
-def _matrices() -> tuple[Tensor, Tensor]:
-    return torch.randn(1024, 1024), torch.randn(1024, 1024)
-
-
-def sgemm() -> Tensor:
-    """The yardstick of the machine: 1024^3 in float32."""
-    left, right = _matrices()
-    return left @ right
-
-
-SGEMM_FLOPS = 2 * 1024**3
+def matmul(device: str = "cpu") -> tuple[Callable[[], Tensor], int]:
+    """The yardstick of the machine and its FLOPs: 1024^3 in float32; on a GPU 8192^3 in bfloat16."""
+    size, dtype = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype).unbind(0)
+    return functools.partial(torch.matmul, left, right), 2 * size**3
 
 
 def copy(inputs: Inputs) -> Callable[[], Any]:

@@ -5,6 +5,7 @@ python -m bench.run                                    every case of the CPU sui
 python -m bench.run headline dilated                   the cases whose names begin with a word
 python -m bench.run scaling threads                    the cost of a pixel by size; the gain of threads
 python -m bench.run --suite smoke --out rows.csv       two cases, to a file
+python -m bench.run --suite gpu                        large cases in bfloat16 on a CUDA device; sgemm is its bfloat16 product
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from bench.cases import CASES, SCALING, SUITES, Case
-from bench.contenders import SGEMM_FLOPS, calls, check, contenders, copy, ours, sgemm
+from bench.contenders import calls, check, contenders, copy, matmul, ours
 
 FIELDS = (
     "case", "backend", "pass", "p20_ms", "p50_ms", "p80_ms", "bytes", "flops", "of_sgemm", "times_natten_ops",
@@ -39,13 +40,18 @@ def interleave(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
     block_seconds: float = BLOCK_SECONDS,
+    finish: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of a call of each contender, in blocks of calls, one block of each in every round."""
+    """Milliseconds of a call of each contender, in blocks of calls, one block of each in every round.
+
+    `finish` waits for the device at the end of a block.
+    """
     repeats: dict[str, int] = {}
     for name, function in functions.items():
         for _ in range(2):  # the second call tells: the first compiles
             start = clock()
             function()
+            finish()
             once = clock() - start
         repeats[name] = max(1, round(block_seconds / max(once, 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -54,6 +60,7 @@ def interleave(
             start = clock()
             for _ in range(repeats[name]):
                 function()
+            finish()
             times[name].append(1e3 * (clock() - start) / repeats[name])
     return times
 
@@ -63,7 +70,9 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator))
 
 
-def rows_of(case: Case, kind: str, times: dict[str, list[float]], commit: str) -> Iterator[dict[str, Any]]:
+def rows_of(
+    case: Case, kind: str, times: dict[str, list[float]], yardstick_flops: int, commit: str
+) -> Iterator[dict[str, Any]]:
     inputs, work = case.inputs(), case.work(kind)
     tensors = sum(t.nbytes for t in inputs[:3]) + inputs.query.nbytes
     for name, milliseconds in times.items():
@@ -79,10 +88,10 @@ def rows_of(case: Case, kind: str, times: dict[str, list[float]], commit: str) -
             "p80_ms": f"{high:.3f}",
             "bytes": tensors * (1 if kind == "forward" else 2),
             "flops": work,
-            "of_sgemm": f"{median_ratio(times['sgemm'], milliseconds) * work / SGEMM_FLOPS:.3f}",
+            "of_sgemm": f"{median_ratio(times['sgemm'], milliseconds) * work / yardstick_flops:.3f}",
             "times_natten_ops": f"{median_ratio(milliseconds, times['natten_ops']):.2f}",
             "threads": torch.get_num_threads(),
-            "device": device_name(),
+            "device": device_name(case.device),
             "torch": torch.__version__,
             "commit": commit,
         }
@@ -91,12 +100,15 @@ def rows_of(case: Case, kind: str, times: dict[str, list[float]], commit: str) -
 def time_case(case: Case, options: argparse.Namespace, commit: str) -> Iterator[dict[str, Any]]:
     inputs = case.inputs()
     clock = time.thread_time if options.clock == "thread" else time.perf_counter
+    yardstick, yardstick_flops = matmul(case.device)
+    finish = torch.cuda.synchronize if case.device == "cuda" else lambda: None
     for kind in options.passes:
         found = contenders(case, inputs, kind, not options.ours)
         if kind == "forward":
             check(case, inputs, found)
-        functions = {**calls(case, kind, found, inputs), "copy": copy(inputs), "sgemm": sgemm}
-        yield from rows_of(case, kind, interleave(functions, options.rounds, clock), commit)
+        functions = {**calls(case, kind, found, inputs), "copy": copy(inputs), "sgemm": yardstick}
+        times = interleave(functions, options.rounds, clock, finish=finish)
+        yield from rows_of(case, kind, times, yardstick_flops, commit)
 
 
 # An output above 32 MB comes from fresh pages at every call: 185 ns a pixel at 448x448 (measured with torch.empty and
@@ -130,7 +142,7 @@ def threads(rounds: int) -> Iterator[str]:
 
     for case in CASES[:4]:
         inputs = case.inputs()
-        work = {"natten_ops": functools.partial(ours(case, inputs, None), *inputs[:3]), "sgemm": sgemm}
+        work = {"natten_ops": functools.partial(ours(case, inputs, None), *inputs[:3]), "sgemm": matmul()[0]}
         functions = {f"{name} {n}": with_threads(n, call) for name, call in work.items() for n in (1, most)}
         times = interleave(functions, rounds)
         gains = [f"{name} {median_ratio(times[f'{name} 1'], times[f'{name} {most}']):.2f}" for name in work]
@@ -138,7 +150,9 @@ def threads(rounds: int) -> Iterator[str]:
     torch.set_num_threads(most)
 
 
-def device_name() -> str:
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     bits = 8 * torch.ops.natten._cpu_vector_bytes()
@@ -173,6 +187,8 @@ def main() -> None:
             {**os.environ, "GLIBC_TUNABLES": KEEP_PAGES},
         )
     torch.set_num_threads(options.threads)
+    if options.suite == "gpu" and not torch.cuda.is_available():
+        sys.exit("--suite gpu needs a CUDA device, and torch finds none here")
 
     def wanted(name: str) -> bool:
         return not options.cases or any(name.startswith(word) for word in options.cases)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""The bench harness: rows come out, and the ways that wait for a GPU are right where they can run."""
+
+import csv
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import cases, contenders  # noqa: E402
+
+
+def test_rows_of_a_case(tmp_path):
+    path = tmp_path / "rows.csv"
+    command = [sys.executable, "-m", "bench.run", "small", "--ours", "--rounds", "2", "--out", path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    with path.open() as stream:
+        rows = {(row["backend"], row["pass"]): row for row in csv.DictReader(stream)}
+    assert {name for name, _ in rows} == {"natten_ops", "cpu-general", "copy"}
+    assert all(float(row["of_sgemm"]) > 0 for row in rows.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the suite would run")
+def test_the_gpu_suite_says_what_it_needs():
+    command = [sys.executable, "-m", "bench.run", "--suite", "gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "needs a CUDA device" in done.stderr
+
+
+@pytest.mark.parametrize("case", cases.GPU_CASES, ids=lambda case: case.name)
+def test_the_samples_of_large_cases_are_those_of_the_whole(case):
+    """A sub-box of queries has the numbers of the whole grid, on small grids with the same settings."""
+    small = dataclasses.replace(
+        case,
+        spatial=tuple(max(6, n // 16) for n in case.spatial),
+        kernel_size=tuple(max(1, k // 16) for k in case.kernel_size),
+        stride=1, batch=1, heads=1, head_dim=8, device="cpu", dtype=torch.float64,
+    )  # fmt: skip
+    inputs = small.inputs()
+    whole = contenders._expected(small, inputs, (slice(None),))
+    sampled = dataclasses.replace(small, device="elsewhere")
+    for box in contenders._samples(sampled):
+        torch.testing.assert_close(contenders._expected(sampled, inputs, box), whole[box])
+
+
+@pytest.mark.slow
+def test_contenders_of_gpus_are_right_on_cpu():
+    """FlexAttention with our masks, row-major and in tiles; compiled for the CPU, whose inputs need no gradients."""
+    case = dataclasses.replace(cases.CASES[0], spatial=(24, 40))
+    contenders.check(case, case.inputs(), contenders.on_gpu(case, peers=True))
