@@ -70,16 +70,11 @@ def _lower_forward(
 def why_not_template(
     inputs: Sequence[Any], params: NAParams, scale: Any, box: Sequence[Sequence[Any]], backend: int
 ) -> str | None:
-    """The reason for the extern call, or None.
-
-    Where both could run the template does: alone it takes as long as the call (docs/compile.md), and whatever follows or
-    precedes it costs less. Its choice needs no trial, and packages that hold it need no library.
-    """
+    """The reason for the extern call, or None: those of `backends.why_not_inlined`, and what only a graph knows."""
     query, key, value = inputs[:3]
-    tiled = backends.by_name("cpu-tiled")
     if query.get_device().type != "cpu":
         return "the template is C++"
-    if backend not in (0, tiled.id):
+    if backend not in (0, backends.by_name("cpu-tiled").id):
         return f"backend {backend} was named"
     if scale is not None and not isinstance(scale, (int, float)):
         return "the scale is symbolic"
@@ -88,7 +83,7 @@ def why_not_template(
         return "sub-boxes of symbolic size are checked when they run, by the kernel"
     if any(V.graph.sizevars.statically_known_equals(size, 0) for size in sizes):
         return "a tensor is empty"
-    reasons = tiled.why_not(_described(inputs, params, scale, make_box(params.rank, *box)))
+    reasons = backends.why_not_inlined(_described(inputs, params, scale, make_box(params.rank, *box)))
     return "; ".join(reasons) if reasons else None
 
 

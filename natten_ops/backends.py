@@ -185,6 +185,15 @@ def choose(problem: Problem) -> Backend:
     raise ValueError(_no_backend(problem))
 
 
+def why_not_inlined(problem: Problem) -> list[str]:
+    """Every reason why compiled code calls the kernels; empty if it holds the tiled one, fused with its neighbours.
+
+    Where both could be the code is inlined: alone it takes as long as the call (docs/compile.md), and whatever follows or
+    precedes it costs less. The choice needs no trial, and packages that hold the code need no library.
+    """
+    return by_name("cpu-tiled").why_not(problem)
+
+
 def check_id(number: int) -> None:
     """Raise ValueError unless 0 or the id of a backend."""
     ids = {backend.id: backend.name for backend in BACKENDS if backend.id is not None}

@@ -117,12 +117,19 @@ work     forward 78.7 MFLOP, backward 197 MFLOP""",
     )
     chosen = backends.choose(backends.Problem("cpu", torch.float32))
     assert f"chosen   {chosen.name}: " in text
+    assert "compiled as one kernel with its neighbours; backward: a call" in text
     assert 'reference: also able, but only when named: backend="reference"' in text
     assert all(f"{backend.name}: " in text for backend in backends.BACKENDS)
 
 
 def test_why_counts_causal_windows():
     assert "window   2 keys a query on average, 67 % of the 3 tokens" in why((3,), kernel_size=3, is_causal=True)
+
+
+def test_why_says_what_generated_code_lacks():
+    text = why((64, 64), head_dim=64, kernel_size=63)
+    assert "chosen   cpu-tiled" in text
+    assert "compiled as a call: generated code keeps the keys and scores of a tile in cache" in text
 
 
 def test_why_gives_reasons():

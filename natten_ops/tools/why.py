@@ -52,9 +52,9 @@ def why(
     for name, count in (("heads", heads), ("head_dim", head_dim), ("batch", batch)):
         if count < 1:
             raise ValueError(f"{name}={count} must be at least 1")
-    problem = _problem(params, (batch, *spatial_shape, heads, head_dim), dtype, torch.device(device))
     size = f"batch {batch}, {heads} head{'s' * (heads > 1)} of {head_dim}"
     shape = (batch, *spatial_shape, heads, head_dim)
+    problem, whole = (_problem(params, shape, dtype, torch.device(device), whole) for whole in (False, True))
     forward = flops.forward_flops(shape, shape, params)
     backward = flops.backward_flops(shape, shape, params, _OF_QUERY_KEY_VALUE)
     tokens = math.prod(spatial_shape)
@@ -64,19 +64,21 @@ def why(
         f"         {size}, {problem}",
         f"window   {mean:.4g} keys a query on average, {100 * mean / tokens:.2g} % of the {tokens} tokens",
         f"work     forward {_flops_text(forward)}, backward {_flops_text(backward)}",
-        *_backend_lines(problem),
+        *_backend_lines(problem, whole),
     ]
     return "\n".join(lines)
 
 
-def _problem(params: NAParams, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> backends.Problem:
+def _problem(
+    params: NAParams, shape: Sequence[int], dtype: torch.dtype, device: torch.device, whole: bool
+) -> backends.Problem:
     if device.type != "cpu":  # the device need not be present
         return backends.Problem(device.type, dtype)
     tensor = torch.empty((), dtype=dtype, device="cpu").expand(*shape)
-    return backends.describe([tensor, tensor, tensor, None, None, None, None], params, None, None)
+    return backends.describe([tensor, tensor, tensor, None, None, None, None], params, None, None, whole)
 
 
-def _backend_lines(problem: backends.Problem) -> list[str]:
+def _backend_lines(problem: backends.Problem, whole: backends.Problem) -> list[str]:
     able = [b.name for b in backends.BACKENDS if not b.why_not(problem)]
     # None where no kernel is able; `choose` would then raise.
     kernels = any(b.id is not None and b.name in able for b in backends.BACKENDS)
@@ -87,8 +89,11 @@ def _backend_lines(problem: backends.Problem) -> list[str]:
         nature = "deterministic" if chosen.deterministic else "not deterministic"
         lines = [
             f"chosen   {chosen.name}: {chosen.note}",
-            f"         {nature}, compiles {chosen.compiles}, verified on {chosen.verified_on}",
+            f"         {nature}, verified on {chosen.verified_on}",
         ]
+        reasons = backends.why_not_inlined(whole)
+        compiled = f"as a call: generated code {'; '.join(reasons)}" if reasons else "as one kernel with its neighbours"
+        lines.append(f"compiled {compiled}; backward: a call")
     lead = "others   "
     for backend in backends.BACKENDS:
         if backend is chosen:
