@@ -22,13 +22,11 @@ from natten_ops.lowerings._compat import (
     LocalBufferContext,
     V,
     cexpr_index,
-    extract_read_writes,
     get_export_declaration,
     hints,
     ir,
     parallel_num_threads,
     parse_expr_with_index_symbols,
-    sympy_subs,
 )
 from natten_ops.lowerings.engine import engine_text
 
@@ -63,20 +61,6 @@ def token_index(rank: int, *rest: Any) -> list[Any]:
     return [BATCH_AT, *(Z_AT, Y_AT, X_AT)[3 - rank :], HEAD_AT, *rest]
 
 
-def token_reads(function: Any, size: Sequence[Any], rank: int) -> list[tuple[str, Any]]:
-    """(buffer, where its numbers for one token begin) of what an expression over `size` reads head by head."""
-    found = extract_read_writes(lambda index: function(list(index)), list(size))
-    token = [*token_index(rank), *[sympy.Integer(0)] * (len(size) - rank - 2)]
-    reads = []
-    for dependency in found.reads:
-        index = getattr(dependency, "index", None)
-        if index is not None:
-            index = sympy_subs(index, dict(zip(found.range_vars, token)))
-            if HEAD_AT in index.free_symbols:  # what all heads share lies close together
-                reads.append((dependency.name, index))
-    return reads
-
-
 class TokenStore:
     """How what is ready of one token leaves the kernel: plain, through the epilogue that was fused, or both.
 
@@ -95,16 +79,6 @@ class TokenStore:
                 inner_fn=self.source.make_loader(),
             )  # fmt: skip
             self.epilogue.insert(0, ir.ComputedBuffer(name=out.get_name(), layout=out.get_layout(), data=copy))
-
-    def reads(self, rank: int) -> list[tuple[str, Any]]:
-        """(buffer, where its numbers for one token begin) of what the epilogue reads, the outputs themselves aside."""
-        size = list(self.out.get_size())
-        made = {self.source.get_name(), *(node.get_name() for node in self.epilogue)}
-        found: dict[tuple[str, Any], None] = {}
-        for node in self.epilogue:
-            to_node = _to_node(node, size, lambda index: index)
-            found |= dict.fromkeys(token_reads(lambda index, n=node, f=to_node: n.data.inner_fn(f(index)), size, rank))
-        return [read for read in found if read[0] not in made]
 
     def kernel_outputs(self) -> dict[str, Any]:
         outputs = [self.out] * self.keep_plain + [self.destination] * bool(self.epilogue)
@@ -186,9 +160,8 @@ class ForwardTemplate(CppTemplate):
         epilogues = [store.emit(kernel, self.rank, self.sum_dtype) for store in stores]
         return self._template_from_string(SOURCE).render(
             header=self.header().getvalue(), engine=engine_text(), export_declaration=get_export_declaration(),
-            definition=definition, prologue=self._emit_query(kernel), query_reads=self._query_reads(printer),
-            epilogue=epilogues[0], out_reads=self._out_reads(printer, stores[0]),
-            lse_epilogue=epilogues[1] if len(epilogues) > 1 else "", threads=self.num_threads,
+            definition=definition, prologue=self._emit_query(kernel),
+            epilogue=epilogues[0], lse_epilogue=epilogues[1] if len(epilogues) > 1 else "", threads=self.num_threads,
             tensors=self._rows(printer, stores), **self._numbers(printer),
         )  # fmt: skip
 
@@ -204,20 +177,6 @@ class ForwardTemplate(CppTemplate):
             return kernel.store_pointwise_nodes(
                 buffer, [self.producer], reindexers=[lambda index: token_index(self.rank, *index)]
             )
-
-    def _query_reads(self, printer: _Printer) -> list[tuple[str, int]]:
-        if self.producer is None:
-            return []
-        size = self.producer.get_size()
-        return printer.addresses(token_reads(self.producer.inner_fn, size, self.rank), size[-1])
-
-    def _out_reads(self, printer: _Printer, store: TokenStore) -> list[tuple[str, int]]:
-        if not store.epilogue:
-            return []
-        strides = ir.FlexibleLayout.contiguous_strides(self.layout.size)
-        place = sum(at * stride for at, stride in zip(token_index(self.rank), strides))
-        written = [(node.get_name(), place + node.get_layout().offset) for node in store.kernel_outputs().values()]
-        return printer.addresses([*store.reads(self.rank), *written], self.layout.size[-1])
 
     def _rows(self, printer: _Printer, stores: Sequence[TokenStore]) -> dict[str, dict[str, Any]]:
         """Pointers and strides of csrc/problem.h, of inputs and of what the engine stores itself."""
@@ -285,12 +244,6 @@ class _Printer:
 
     def number(self, expression: Any) -> str:
         return cexpr_index(self.kernel.rename_indexing(sympy.sympify(expression)))
-
-    def addresses(self, reads: Sequence[tuple[str, Any]], count: Any) -> list[tuple[str, int]]:
-        """C++ addresses of the reads, and how many elements follow each."""
-        args = self.kernel.args
-        names = [args.output(name) if name in args.output_buffers else args.input(name) for name, _ in reads]
-        return [(f"({name} + {self.number(index)})", int(count)) for name, (_, index) in zip(names, reads)]
 
     def rows(self, node: Any, batch: int | None, axes: list[int], head: int | None, dim: int | None) -> dict[str, Any]:
         strides = [self.number(stride) for stride in node.get_stride()]

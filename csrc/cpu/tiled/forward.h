@@ -21,21 +21,18 @@ namespace {
 // How queries come in and outputs go out where the problem's tensors do not say: generated code computes the queries of a
 // few tokens, and goes on with their outputs or log-sum-exps, while they are hot. A token a call cost 4 % at 56x56.
 // hook(batch, head, token, inner, places, count, numbers, pitch): tokens in the caller's axes, of which `inner` takes the
-// `places` and the others are token's; a row of numbers for each, `pitch` apart.
-// expect_query and expect_out only fetch into the cache what the others will touch soon: heads-last, the tokens of a head
-// lie apart and the hardware does not follow.
+// `places` and the others are token's; a row of numbers for each, `pitch` apart. To fetch ahead what hooks touch makes no
+// difference (bench.compiled neighbours, also at 224x224).
 struct Nothing {};
-template <class Query, class Out, class Lse, class ExpectQuery, class ExpectOut> struct Hooks {
+template <class Query, class Out, class Lse> struct Hooks {
   static constexpr bool computes_query = !std::is_same_v<Query, Nothing>, takes_out = !std::is_same_v<Out, Nothing>,
                         takes_lse = !std::is_same_v<Lse, Nothing>;
   const Query* query = nullptr;
   const Out* out = nullptr;
   const Lse* lse = nullptr;
-  const ExpectQuery* expect_query = nullptr;
-  const ExpectOut* expect_out = nullptr;
 };
 template <class... Functions> Hooks<Functions...> make_hooks(const Functions&... functions) { return {&functions...}; }
-using NoHooks = Hooks<Nothing, Nothing, Nothing, Nothing, Nothing>;
+using NoHooks = Hooks<Nothing, Nothing, Nothing>;
 
 template <class T, class G = Anything, class H = NoHooks> struct Forward {
   using A = Accumulate<T>;
@@ -120,12 +117,9 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
   void attend(const Owner& owner, int64_t n, int64_t head, const BlockRow* rows, int count) {
     for (int chunk = 0, from = 0; from < strip.vectors; ++chunk, from += int(t.chunk)) {
       const int to = int(smaller(from + t.chunk, strip.vectors));
-      for (int r = 0; r < count; ++r) {
-        const int64_t* const places = strip.query_token + from * W;
-        const int tokens = int(smaller(to * W, strip.queries)) - from * W;
-        if constexpr (H::takes_out) call(*hooks.expect_out, owner, head, rows[r], places, tokens, nullptr, 0);
-        else prefetch_to_write(row_of<T>(p.out, owner.batch, head, rows[r].z, rows[r].y), places, tokens, p.out.token[2], p.value_dim);
-      }
+      const int tokens = int(smaller(to * W, strip.queries)) - from * W;
+      for (int r = 0; !H::takes_out && r < count; ++r)
+        prefetch_to_write(row_of<T>(p.out, owner.batch, head, rows[r].z, rows[r].y), strip.query_token + from * W, tokens, p.out.token[2], p.value_dim);
       pack(owner, head, rows, count, from, to);
       const Products<A> products{queries, keys.ring_of(keys.key, 0, n), keys.score_dim, keys.key.size[0], scores};
       score_chunk<A, G>(products, t, keys.ring, strip, rows, count, from, to);
@@ -141,9 +135,6 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
     if constexpr (H::computes_query) {
       const int tokens = int(smaller(to * W, strip.queries)) - from * W;
       for (int r = 0; r < count; ++r) {
-        BlockRow next = rows[r];
-        next.y = next_row(rows, count, r, p);
-        call(*hooks.expect_query, owner, head, next, strip.query_token + from * W, tokens, nullptr, 0);
         call(*hooks.query, owner, head, rows[r], strip.query_token + from * W, tokens, computed, p.head_dim);
         pack_query_row(TokenRow<A>{computed, counting, p.head_dim, 1, 0}, tokens, p.head_dim, keys.score_dim, queries + r * t.chunk * keys.score_dim * W);
       }
