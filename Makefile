@@ -2,6 +2,7 @@
 # make demo      build, then train, export and reload a model on real images
 # make test      build, check the style, then run the tests
 # make build     install this folder (editable); again after a change of C++ or of this folder's list of files
+# make test-torch TORCH=torch==2.15.0   the same wheel under another torch, in an environment of its own (TORCH_ENV)
 # make lint | test-slow | bench | asan | wheel | clean
 #
 # All set everything up: in the active virtual environment if it has torch >= 2.11, else in .venv, which sees the
@@ -29,6 +30,17 @@ test: build lint
 
 test-slow: build
 	$(PY) -m pytest -q -m slow
+
+# A wheel that was built with the torch at hand, installed beside another torch. Tests that look at the source tree, or
+# at the tools of development, stay out; they do not depend on torch.
+TORCH_ENV ?= .venv-$(subst ==,-,$(TORCH))
+test-torch: $(ready)
+	rm -rf build/wheel
+	$(pip) wheel -q --no-deps --no-build-isolation -w build/wheel .
+	test -d "$(TORCH_ENV)" || { $(PYTHON) -m venv "$(TORCH_ENV)" && \
+	"$(TORCH_ENV)/bin/python" -m pip --no-input install -q $(PIP_ARGS) "$(TORCH)" numpy pytest hypothesis expecttest; }
+	"$(TORCH_ENV)/bin/python" -m pip --no-input install -q --no-deps --force-reinstall build/wheel/*.whl
+	cd tests && "$(abspath $(TORCH_ENV))/bin/pytest" -q -p no:cacheprovider $(addprefix --ignore=test_,$(addsuffix .py,bench demo layout packaging portable)) $(TESTS)
 
 lint: $(ready)
 	$(PY) -m ruff check .
@@ -74,4 +86,4 @@ $(ready): pyproject.toml Makefile
 clean:
 	rm -rf build dist demo_out .asan .venv
 
-.PHONY: demo test test-slow lint bench build asan wheel clean
+.PHONY: demo test test-torch test-slow lint bench build asan wheel clean

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from samples import DTYPES, EMPTY, NAMED, Problem, expected, problems, run
@@ -128,6 +129,61 @@ def test_a_rotated_gated_block_is_two_kernels():
     inside = source[source.index("const auto compute_query") : source.index("const auto hooks")]
     prologue, epilogue = inside.split("const auto take_out")
     assert "at::vec::Vectorized" in prologue and "at::vec::Vectorized" in epilogue
+
+
+def skeleton(source):
+    """What a generated program does: tensors that it allocates, kernels, calls."""
+    defined = re.findall(r"^(cpp_\w+) = async_compile.*?r'''(.*?)^'''\)", source, re.M | re.S)
+    engines = {name for name, body in defined if "natten::Forward<" in body}
+    steps = []
+    for line in re.search(r"def call\(.*?return", source, re.S)[0].splitlines():
+        if new := re.search(r"= empty_strided_cpu\(\((.*?)\), .*torch\.(\w+)\)", line):
+            steps.append(f"new {new[2]} [{new[1]}]")
+        elif kernel := re.match(r"\s+(cpp_fused\w*)\(", line):
+            steps.append("attention and its neighbours" if kernel[1] in engines else "kernel")
+        elif call := re.search(r"= torch\.ops\.natten\.(\w+)|^\s+extern_kernels\.(\w+)", line):
+            steps.append(f"call {call[1] or call[2]}")
+    return "\n".join(steps)
+
+
+def test_structure_of_a_block_in_inference_and_training():
+    """A rotated and gated block: what is allocated and run, in its order."""
+    tensors = image(5, rows=6, columns=7, heads=2, dim=8)
+    angles = torch.randn(2, 6, 7, 1, 8).unbind()
+    (inference,) = compile_and_compare(gated, *tensors, *angles, tolerance=1e-2)
+    assert_expected_inline(
+        skeleton(inference),
+        """\
+new float32 [2, 6, 7, 2, 8]
+kernel
+new bfloat16 [2, 6, 7, 2, 8]
+attention and its neighbours""",
+    )
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def step(*arguments):
+        value = torch.compile(gated, fullgraph=True, dynamic=False)(*arguments).float().sum()
+        return torch.autograd.grad(value, leaves)
+
+    _, (forward, backward) = run_and_get_code(step, *leaves, *angles)
+    assert_expected_inline(
+        skeleton(forward),
+        """\
+new float32 [2, 6, 7, 2, 8]
+new float32 [2, 6, 7, 2, 8]
+kernel
+new bfloat16 [2, 6, 7, 2, 8]
+new float32 [2, 6, 7, 2, 8]
+new float32 [2, 6, 7, 2]
+attention and its neighbours""",
+    )  # the rotated tokens are saved, and with them the output and its log-sum-exp: nothing of tokens x window
+    assert_expected_inline(
+        "\n".join(step for step in skeleton(backward).splitlines() if "new" not in step),
+        """\
+kernel
+call neighborhood_attention_lse_backward
+kernel""",
+    )
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump to read the compiled kernel")

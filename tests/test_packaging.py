@@ -238,6 +238,13 @@ import torch, natten_ops
 x = torch.randn(1, 9, 2, 4)
 torch.testing.assert_close(natten_ops.na1d(x, x, x, kernel_size=9),
     torch.nn.functional.scaled_dot_product_attention(*[x.transpose(1, 2)] * 3).transpose(1, 2))
+torch._inductor.config.fx_graph_cache = False
+with torch.no_grad():  # the compiler finds rules, template and headers beside the library
+    twice = torch.compile(lambda x: natten_ops.na1d(x, x, x, kernel_size=9) * 2, fullgraph=True)
+    torch.testing.assert_close(twice(x), natten_ops.na1d(x, x, x, kernel_size=9) * 2)
+from torch._dynamo.utils import counters
+assert counters["inductor"]["cpp_templated_kernel_counter"] == 1, counters["inductor"]
+assert sys.modules["natten_ops.lowerings"].__file__.startswith(sys.argv[1])
 print(natten_ops.library_path())
 """
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
