@@ -70,7 +70,7 @@ def compiled(
     function: Callable[..., Any], extern: bool, use: Callable[[Callable[..., Any]], Any]
 ) -> Callable[..., Any]:
     """A compilation of its own, by a first use; `extern`: attention stays a call, and what surrounds it as torch has it."""
-    from natten_ops.lowerings import fused, halves
+    from natten_ops.lowerings import fused, rotary
 
     torch._dynamo.reset()
     run = torch.compile(function, fullgraph=True, dynamic=False)
@@ -79,7 +79,7 @@ def compiled(
         return run
     with (
         mock.patch.object(fused, "why_not_template", lambda *_: "the bench asked"),
-        mock.patch.object(halves, "joins_tokens", lambda _: False),
+        mock.patch.object(rotary, "rewriting", lambda _: None),
     ):
         use(run)
     return run

@@ -27,11 +27,11 @@ def salt() -> str:
 if __name__ != "natten_ops.lowerings":
     raise ImportError("import natten_ops.lowerings, not a bare `lowerings`: its rules would be registered twice")
 
-from natten_ops.lowerings import engine, fused, halves  # noqa: E402  (not before the check above)
+from natten_ops.lowerings import engine, fused, rotary  # noqa: E402  (not before the check above)
 
 SALT = salt()
 fused.register()
-halves.register()
+rotary.register()
 
 
 def ensure_salt() -> None:
