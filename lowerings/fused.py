@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from natten_ops import backends
 from natten_ops.geometry.params import Box, NAParams, make_box, make_params
+from natten_ops.lowerings import autotune
 from natten_ops.lowerings._compat import V, empty_strided, hints, ir, select
 from natten_ops.lowerings.template import ForwardTemplate, Geometry
 
@@ -128,6 +129,8 @@ def _lower_to_template(inputs: Sequence[Any], params: NAParams, scale: float | N
     template = ForwardTemplate(layout, geometry, tensors, producer, extra)
     choices: list[Any] = []
     template.maybe_append_choice(choices)
+    if producer is None and not _is_used(1) and autotune.is_asked_for(template.input_nodes):
+        autotune.append_choices(choices, template, params, geometry.scale, box)
     out = select("neighborhood_attention", choices, template.input_nodes, layout)
     lse_dtype = template.sum_dtype
     if not _is_used(1):

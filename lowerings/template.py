@@ -140,6 +140,7 @@ class ForwardTemplate(CppTemplate):
         template_buffer_node: Any = None,
         flag_template_buffer_has_other_users: Any = None,
         epilogue_nodes: Any = None,
+        tiling: Sequence[int] = (),
         **_: Any,
     ) -> str:
         # The first rendering (for benchmarking) has no template node.
@@ -162,7 +163,7 @@ class ForwardTemplate(CppTemplate):
             header=self.header().getvalue(), engine=engine_text(), export_declaration=get_export_declaration(),
             definition=definition, prologue=self._emit_query(kernel),
             epilogue=epilogues[0], lse_epilogue=epilogues[1] if len(epilogues) > 1 else "", threads=self.num_threads,
-            tensors=self._rows(printer, stores), **self._numbers(printer),
+            tensors=self._rows(printer, stores), tiling=tiling, **self._numbers(printer),
         )  # fmt: skip
 
     def _emit_query(self, kernel: Any) -> str:

@@ -344,6 +344,31 @@ def test_equal_layers_are_one_kernel():
     assert found()[0] == 3 and len(ours) == 1, kernels
 
 
+@pytest.mark.parametrize("winner", ["template", "call"])
+def test_tilings_and_the_call_compete_where_asked(winner, monkeypatch):
+    """Under max_autotune, the numbers are the same whoever wins; by default nothing is run to choose."""
+    from torch._inductor.select_algorithm import ExternKernelCaller  # before the next line: they import each other
+
+    from torch._inductor.codegen.cpp_template_kernel import CppTemplateCaller  # isort: skip
+
+    timed = []
+    for kind, name in ((CppTemplateCaller, "template"), (ExternKernelCaller, "call")):
+        judge = lambda _, *args, name=name, **kwargs: timed.append(name) or (1.0 if name == winner else 2.0)  # noqa: E731
+        monkeypatch.setattr(kind, "benchmark", judge)
+
+    def attend(q, k, v, g):
+        return natten_ops.na2d(q, k, v, kernel_size=3, dilation=2) * g
+
+    compile_and_compare(attend, *image(4))
+    assert timed == []
+    with torch._inductor.config.patch(max_autotune=True, autotune_local_cache=False, autotune_in_subproc=False):
+        torch._dynamo.reset()
+        counters.clear()
+        (source,) = compile_and_compare(attend, *image(4))
+    assert timed.count("call") == 1 and timed.count("template") == 3
+    assert ("natten_ops_call_kernel" in source) == (winner == "call")
+
+
 # ---- caches --------------------------------------------------------------------------------------------------------
 
 CACHED = """
