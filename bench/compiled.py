@@ -3,12 +3,15 @@
 
 python -m bench.compiled neighbours     RoPE -> na2d -> gate, residual, one call
 python -m bench.compiled model          twelve blocks: inference and training, time to compile
+python -m bench.compiled memory         peak memory of a training step of the same blocks (Linux)
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
+import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -133,16 +136,45 @@ def twelve_blocks(rounds: int) -> Iterator[str]:
     yield "training: template takes " + ratios(ways(net, train), rounds)
 
 
+def peak_of(step: Callable[[], Any]) -> float:
+    """Megabytes that the process grows by during a step, at most."""
+
+    def status(field: str) -> int:
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    before = status("VmRSS")
+    step()
+    return (status("VmHWM") - before) / 1024
+
+
+def memory(rounds: int) -> Iterator[str]:
+    x = torch.randn(1, 56, 56, 128)
+    for name, window, extern in (("na2d", 7, False), ("na2d by calls", 7, True), ("SDPA", None, False)):
+        net = model(window)
+        parameters = list(net.parameters())
+
+        def train(way: Callable[[Tensor], Tensor], parameters: list[Tensor] = parameters) -> Any:
+            return torch.autograd.grad(way(x).square().mean(), parameters)
+
+        way = compiled(net, extern, train)
+        peaks = sorted(peak_of(functools.partial(train, way)) for _ in range(rounds))
+        yield f"a training step of 12 blocks with {name} takes {peaks[rounds // 2]:.0f} MB more at its peak"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["neighbours", "model"])
+    parser.add_argument("what", choices=["neighbours", "model", "memory"])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch._inductor.config.fx_graph_cache = False  # to which both lowerings of a graph are one
     torch._functorch.config.enable_autograd_cache = False
-    for line in {"neighbours": neighbours, "model": twelve_blocks}[options.what](options.rounds):
+    for line in {"neighbours": neighbours, "model": twelve_blocks, "memory": memory}[options.what](options.rounds):
         print(line, flush=True)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -200,6 +201,9 @@ def test_command_line(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
+    if message == "missing.png":
+        pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the extra demo")
     done = tools(*arguments.split())
     assert done.returncode == 2 and done.stdout == ""
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    ours = [line for line in done.stderr.splitlines() if not re.match(r"[A-Z]\d{4} .* torch/", line)]  # torch warns too
+    assert message in done.stderr and len(ours) == 1, done.stderr
