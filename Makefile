@@ -8,9 +8,13 @@
 # All set everything up: in the active virtual environment if it has torch >= 2.11, else in .venv, which sees the
 # system's torch if that is new enough and gets TORCH otherwise. PYTHON=..., TORCH=... and PIP_ARGS=... override.
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+default_torch := torch==2.13.0
+TORCH ?= $(default_torch)
 PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# test-torch has TORCH in an environment of its own; the one that builds keeps its torch.
+torch_here := $(if $(filter test-torch,$(MAKECMDGOALS)),$(default_torch),$(TORCH))
 
 mode := $(shell $(PYTHON) -c "import sys, importlib.metadata as m; \
 	new = tuple(map(int, m.version('torch').split('.')[:2])) >= (2, 11); \
@@ -79,7 +83,7 @@ wheel: $(ready)
 # that pip can neither replace it nor fetch another.
 $(ready): pyproject.toml Makefile
 	$(if $(filter here,$(mode)),,$(PYTHON) -m venv $(if $(mode),--system-site-packages) .venv)
-	$(pip) install -q $(PIP_ARGS) $(if $(mode),,"$(TORCH)") scikit-build-core cmake ninja
+	$(pip) install -q $(PIP_ARGS) $(if $(mode),,"$(torch_here)") scikit-build-core cmake ninja
 	$(pip) install -q $(PIP_ARGS) --no-build-isolation -e ".[dev]" "torch==$(torch_found)"
 	touch $@
 

@@ -46,6 +46,7 @@ PARTS = {
     "dilated": Problem((81, 90), (39, 28), dilation=(2, 3), head_dim=64, batch=1, heads=1, additional=5, mask=True),
     "groups": Problem((3, 2500), (1, 800), dilation=(3, 3), head_dim=80, batch=1, heads=1),
     "box": Problem((60, 60), (41, 43), head_dim=64, batch=1, heads=1, box=((5, 11), (50, 47))),
+    "box_of_groups": Problem((2400,), (300,), dilation=(8,), box=((40,), (21,)), head_dim=300, batch=1, heads=1),
     "shared_heads": Problem((30, 40), (27, 31), heads=4, group=2, head_dim=110, value_dim=20, batch=2, mask=True),
     "wide_heads": Problem((6, 9), (3, 5), head_dim=1300, value_dim=700),
 }

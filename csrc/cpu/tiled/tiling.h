@@ -68,10 +68,12 @@ struct Tiling {
 inline int64_t union_of(const Axis& a, int64_t slots, int64_t rows) {
   return smaller(slots + rows - 1 + a.stride - 1, ceil_div(a.length, a.dilation));
 }
-// Keys that a strip of queries sees of parts of their windows, at most: those between two windows have no column.
-inline int64_t columns_of_parts(const Axis& a, int64_t slots, int64_t strip) {
-  const int64_t shortest = a.length / a.dilation, groups = strip <= shortest ? 2 : strip / shortest + 2;
-  return smaller(strip + groups * (slots + a.stride), (strip / a.stride + 2 * groups) * slots);
+// Keys that a strip of queries sees of parts of their windows, at most: those between two windows have no column. Within a
+// dilation group the parts move on by no more than the queries and one stride, and by one part at each stride.
+inline int64_t columns_of_parts(const PlacedAxis& placed, int64_t slots, int64_t strip) {
+  const int64_t stride = placed.axis.stride, shortest = larger(placed.queries.quotient, 1);  // group of the box's queries
+  const int64_t groups = smaller(smaller(strip / shortest + 2, strip), placed.axis.dilation);
+  return smaller(strip + groups * (slots + stride), (strip / stride + 2 * groups) * slots);
 }
 
 struct TilingOptions {
@@ -107,7 +109,7 @@ template <class A> inline Tiling make_tiling(const Problem& p, const TilingOptio
   t.strips = ceil_div(length, t.strip);
   t.strips_together = apart(inner, t.strip) ? 1 : t.strips;
   const bool parted = t.part[2] < inner.axis.kernel;
-  t.columns = parted ? columns_of_parts(inner.axis, t.part[2], t.strip) : 0;
+  t.columns = parted ? columns_of_parts(inner, t.part[2], t.strip) : 0;
   for (int64_t s = 0; !parted && s < t.strips; ++s) {
     const int64_t last = smaller((s + 1) * t.strip, length) - 1;
     t.columns = larger(t.columns, inner.query_at(last).end - inner.query_at(s * t.strip).first);
