@@ -92,7 +92,7 @@ def roofline(rows: Rows, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    copies = []
+    copies, points = [], []
     for (case, backend, kind), row in rows.items():
         if kind != "forward" or backend not in ("natten_ops", "copy"):
             continue
@@ -101,10 +101,17 @@ def roofline(rows: Rows, path: Path) -> None:
         if backend == "copy":
             copies.append(float(row["of_sgemm"]) / intensity)
             continue
-        axes.plot(intensity, float(row["of_sgemm"]), "o", color="tab:blue")
-        axes.annotate(case, (intensity, float(row["of_sgemm"])), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        points.append((float(row["of_sgemm"]), intensity, case))
+    free = 0.0  # from here up no name stands yet
+    for share, intensity, case in sorted(points):
+        axes.plot(intensity, share, "o", color="tab:blue")
+        free = max(share, free)
+        line = {"arrowstyle": "-", "color": "silver", "linewidth": 0.5}
+        place = {"xytext": (1.15 * intensity, free), "textcoords": "data", "va": "center", "fontsize": 7}
+        axes.annotate(case, (intensity, share), arrowprops=line, **place)
+        free *= 1.05
     moved = statistics.median(copies)
-    reach = [2.0, 500.0]
+    reach = [0.5 / moved, 2 * max(intensity for _, intensity, _ in points)]
     corner = 1 / moved
     axes.plot([reach[0], corner, reach[1]], [moved * reach[0], 1, 1], color="black", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="useful FLOPs a byte of query, key, value and output")

@@ -71,7 +71,7 @@ template <class T> struct Backward {
   int key_rows;
   int64_t bytes;
 
-  static Tiling tiling(const Problem& p) { return fit_tiling<Backward, T>(p, {128, 0, 0, 64 << 10, 16}, kMaxTiledBytes); }
+  static Tiling tiling(const Problem& p) { return fit_tiling<Backward, T>(p, {128, 0, 0, 64 << 10, 16, true}, kMaxTiledBytes); }
 
   Backward(const Problem& problem, const Tiling& tiling, void* memory) : p(problem), t(tiling), keys(problem, t) {
     keys.key.transposed = keys.key.dense = keys.value.transposed = true;

@@ -56,7 +56,7 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
   H hooks;
 
   static int64_t scratch_bytes(const Problem& p, const Tiling& t) { return Forward(p, t, nullptr).bytes; }
-  static Tiling tiling(const Problem& p) { return fit_tiling<Forward, T>(p, {128, 0, 0, 48 << 10, 8}, kMaxTiledBytes); }
+  static Tiling tiling(const Problem& p) { return fit_tiling<Forward, T>(p, {128, 0, 0, 48 << 10, 8, false}, kMaxTiledBytes); }
 
   Forward(const Problem& problem, const Tiling& tiling, void* memory, const H& given = {}) : p(problem), t(tiling), keys(problem, t), hooks(given) {
     keys.key.transposed = keys.value.dense = true;

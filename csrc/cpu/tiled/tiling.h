@@ -78,6 +78,7 @@ inline int64_t columns_of_parts(const PlacedAxis& placed, int64_t slots, int64_t
 
 struct TilingOptions {
   int64_t strip, rows, heads_together, chunk_bytes, owners;
+  bool exclusive;                   // owners add to their keys, which no other of their colour may do then
   int64_t part[kAxes] = {0, 0, 0};  // 0: whole
 };
 
@@ -107,7 +108,7 @@ template <class A> inline Tiling make_tiling(const Problem& p, const TilingOptio
   t.strips = ceil_div(length, options.strip);
   t.strip = round_up(ceil_div(length, t.strips), W);
   t.strips = ceil_div(length, t.strip);
-  t.strips_together = apart(inner, t.strip) ? 1 : t.strips;
+  t.strips_together = !options.exclusive || apart(inner, t.strip) ? 1 : t.strips;
   const bool parted = t.part[2] < inner.axis.kernel;
   t.columns = parted ? columns_of_parts(inner, t.part[2], t.strip) : 0;
   for (int64_t s = 0; !parted && s < t.strips; ++s) {
@@ -125,9 +126,10 @@ template <class A> inline Tiling make_tiling(const Problem& p, const TilingOptio
   const int64_t vectors = t.strip / W, fitting = larger(1, smaller(options.chunk_bytes / (row_bytes * t.rows), vectors));
   t.chunk = ceil_div(vectors, ceil_div(vectors, fitting));  // even chunks
   const int64_t wanted = ceil_div(options.owners, t.pairs(p) * t.strip_owners());
-  const int64_t most = p.q_shape[1] / larger(2 * t.rows, 2 * middle.axis.kernel);
+  // Each range packs keys of its own; parts of windows are packed for every block.
+  const int64_t most = p.q_shape[1] / (2 * larger(t.rows, t.whole ? middle.axis.kernel : 1));
   t.range = ceil_div(p.q_shape[1], larger(1, smaller(wanted, most)));
-  while (!apart(middle, t.range)) t.range *= 2;
+  while (options.exclusive && !apart(middle, t.range)) t.range *= 2;
   t.ranges = ceil_div(p.q_shape[1], t.range);
   return t;
 }
@@ -314,7 +316,7 @@ template <class Pass, class T> inline Tiling fit_parts(const Problem& p, TilingO
 template <class Pass, class T> inline Tiling fit_tiling(const Problem& p, TilingOptions options, int64_t limit) {
   const int64_t most = heads_that_share_pages<T>(p);
   const int64_t sizes[][3] = {{most > 1 ? 64 : options.strip, kRows, most}, {64, kRows, 1}, {32, kRows, 1}, {16, kRows, 1}, {16, 2, 1}, {16, 1, 1}};
-  if (p.tiling[0]) return make_tiling<Accumulate<T>>(p, {p.tiling[0], p.tiling[1], p.tiling[2], p.tiling[3], options.owners});
+  if (p.tiling[0]) return make_tiling<Accumulate<T>>(p, {p.tiling[0], p.tiling[1], p.tiling[2], p.tiling[3], options.owners, options.exclusive});
   Tiling t;
   for (const auto& size : sizes) {
     options.strip = size[0], options.rows = size[1], options.heads_together = size[2];
