@@ -16,8 +16,8 @@ from torch._inductor import config
 from natten_ops.geometry.params import NAParams
 from natten_ops.lowerings._compat import ExternKernelChoice, V
 
-# Queries of a strip, rows of a block, heads together, bytes of a chunk: what won most often in `bench.tune_cpu tilings`
-# beside the tiling that is chosen from the geometry.
+# Queries of a strip, rows of a block, heads together, bytes of a chunk: shorter strips, and larger chunks, than geometry
+# gives (csrc/cpu/tiled/tiling.h). Candidates: what they are worth is what the competition finds out.
 TILINGS = ((64, 4, 1, 48 << 10), (128, 4, 1, 96 << 10))
 
 

@@ -2,6 +2,7 @@
 """Tiles: problems of more than one strip, range or chunk, against the general kernels, which know no tiles."""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from samples import DTYPES, NAMED, Problem, differentiable, expected, problems, run, with_tensors
+from test_ops import compare
 
 import natten_ops
 from natten_ops import backends
@@ -77,6 +79,49 @@ def test_parts_of_windows_equal_the_general_kernels(name):
     assert parts.tile_bytes <= bound < whole.tile_bytes
     for have, want in zip(everything(problem, TILED), everything(problem, GENERAL)):
         torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-11)
+
+
+SMALL_PARTS = Problem(
+    (7, 20), (5, 7), head_dim=1500, value_dim=40, batch=1, heads=1, mask=True, additional=2, is_causal=(False, True)
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_parts_of_windows_in_low_precision(dtype):
+    """As exact as torch's own op, like whole windows (test_ops)."""
+    tile = backends.describe(SMALL_PARTS.make(dtype), *SMALL_PARTS.geometry(), None)
+    assert not backends.by_name("cpu-tiled").why_not(tile)
+    compare(SMALL_PARTS, dtype)
+
+
+def test_parts_of_windows_and_numbers_that_are_none():
+    """NaN in what nobody sees is inert, NaN and inf in what somebody sees reach just those; rows without keys are 0."""
+    problem = dataclasses.replace(SMALL_PARTS, additional=None)
+    inputs = problem.make(torch.float32)
+    mask = inputs.key_mask.clone()
+    mask[0, :, 8:] = True
+    mask[0, :, :4] = False  # causal along x: the first queries see nothing
+    key, value = (t.masked_fill(~mask[..., None, None], math.nan) for t in (inputs.key, inputs.value))
+    value[0, 3, 12, 0, 1], value[0, 2, 17, 0, 0] = math.nan, math.inf
+    dirty = inputs._replace(key=key, value=value, key_mask=mask)
+    have, want = run(dirty, problem, TILED), run(dirty, problem, GENERAL)
+    assert (have[0][0, :, :4] == 0).all() and (have[1][0, :, :4] == -math.inf).all()
+    assert have[0].isnan().any() and have[0].isinf().any()
+    for a, b in zip(have, want):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_parts_of_windows_do_not_depend_on_threads():
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(everything(PARTS["rows"], TILED, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    for first, *others in zip(*results):
+        assert all(torch.equal(first, other) for other in others)
 
 
 @given(problem=problems())
