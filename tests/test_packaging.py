@@ -190,14 +190,15 @@ def backend(source, code, *arguments):
     return done.stdout.splitlines()[-1]
 
 
-def check_names(names):
-    """Every module of the source folder, the other files, and nothing else of the repository."""
+def check_names(names, headers=()):
+    """Every module of the source folder, the other files, headers of the engine, and nothing else of the repository."""
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "natten_ops").rglob("*.py")}
     modules |= {f"natten_ops/{path.relative_to(ROOT)}" for path in (ROOT / "lowerings").rglob("*.py")}
+    modules |= {f"natten_ops/{path.relative_to(ROOT)}" for path in (ROOT / "lowerings").rglob("*.jinja")}
     assert (modules | FILES) - set(names) == set()
     top = {name.split("/")[0] for name in names}
     assert top == {"natten_ops", f"natten_ops-{natten_ops.__version__}.dist-info"}
-    assert [name for name in names if re.search(r"\.(cpp|h|o|pyc)$|/test", name)] == []
+    assert {name for name in names if re.search(r"\.(cpp|h|o|pyc)$|/test", name)} == set(headers)
 
 
 def test_the_packages_have_every_file(source, tmp_path):
@@ -228,7 +229,8 @@ def test_a_wheel_is_complete_and_works(source, tmp_path, start):
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"natten_ops-{natten_ops.__version__}-py3-none-linux_{platform.machine()}.whl"
     names = zipfile.ZipFile(wheel).namelist()
-    check_names(names)
+    engine = [ROOT / "csrc/geometry.h", ROOT / "csrc/problem.h", *(ROOT / "csrc/cpu").rglob("*.h")]
+    check_names(names, {f"natten_ops/include/{path.relative_to(ROOT / 'csrc')}" for path in engine})
     assert "natten_ops/libnatten_ops.so" in names
     code = """
 import sys
