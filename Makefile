@@ -36,7 +36,7 @@ test-slow: build
 	$(PY) -m pytest -q -m slow
 
 # A wheel that was built with the torch at hand, installed beside another torch. Tests that look at the source tree, or
-# at the tools of development, stay out; they do not depend on torch.
+# at the tools of development, stay out.
 TORCH_ENV ?= .venv-$(subst ==,-,$(TORCH))
 test-torch: $(ready)
 	rm -rf build/wheel
@@ -88,6 +88,6 @@ $(ready): pyproject.toml Makefile
 	touch $@
 
 clean:
-	rm -rf build dist demo_out .asan .venv
+	rm -rf build dist demo_out .asan .venv .venv-*
 
 .PHONY: demo test test-torch test-slow lint bench build asan wheel clean

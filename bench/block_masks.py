@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Time and memory of `natten_ops.block_mask` on a video of 30x48x80 tokens, window 18x24x24, against torch's own.
 
-python -m bench.block_masks            ours, median of 21 calls
+python -m bench.block_masks              ours, median of 21 calls
 python -m bench.block_masks --torch      also `create_block_mask`, compiled: without a mask over 115200^2 tokens
 
 Uncompiled, `create_block_mask` would first make that mask: 12 GiB.

@@ -16,8 +16,8 @@ from torch._inductor.fx_passes import post_grad
 from torch._inductor.pattern_matcher import CallFunctionVarArgs, Match, fwd_only, register_graph_pattern
 
 from natten_ops.lowerings._compat import V
+from natten_ops.lowerings.fused import FORWARD
 
-FORWARD = torch.ops.natten.neighborhood_attention_lse.default
 _ATEN = torch.ops.aten
 _MOST_STEPS = 32  # from the attention back
 

@@ -28,7 +28,8 @@ class Problem(NamedTuple):
     scale: float = 1.0
     head_dim: int = 1  # the smaller of the head dim and the value dim
     tile_bytes: int = 0  # scratch of one thread of the tiled CPU kernels
-    large: str = "the head dim"  # what tile_bytes goes with
+    whole: bool = False  # tiles must hold whole windows
+    bias: bool = False  # a bias table, with which they do too
     gradients: bool = False  # some input wants its gradient
     lse: bool = False  # the log-sum-exp is asked for
     additional: bool = False  # additional keys and values
@@ -36,6 +37,12 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} tensors on {self.device}"
+
+
+def _what_is_large(problem: Problem) -> str:
+    """What the bytes of a tile go with."""
+    size = "the window with its bias table" if problem.bias else "the window" if problem.whole else "the head dim"
+    return f"{size} or the number of additional tokens" if problem.additional else size
 
 
 class Backend(NamedTuple):
@@ -72,7 +79,7 @@ class Backend(NamedTuple):
         if self.max_tile_bytes is not None and problem.tile_bytes > self.max_tile_bytes:
             reasons.append(
                 f"keeps the keys and scores of a tile in cache, {problem.tile_bytes} bytes here, "
-                f"at most {self.max_tile_bytes}: {problem.large} is too large"
+                f"at most {self.max_tile_bytes}: {_what_is_large(problem)} is too large"
             )
         return reasons + self._why_not_flex(problem)
 
@@ -158,12 +165,13 @@ def describe(
         lists = [list(entry) for entry in params], [list(entry) for entry in box or ((), (), ())]
         tile_bytes = torch.ops.natten._cpu_tiled_scratch_bytes(*shells[:3], *lists[0], *shells[3:], *lists[1], whole)
     head_dim = min(query.shape[-1], value.shape[-1])
-    large = "the window" if whole else Problem._field_defaults["large"]
-    if inputs[5] is not None:
-        large = "the bias table"
-    elif inputs[3] is not None:
-        large += " or the number of additional tokens"
-    return Problem(query.device.type, query.dtype, 1.0 if scale is None else scale, head_dim, tile_bytes, large)
+    facts = {
+        "whole": whole,
+        "bias": inputs[5] is not None,
+        "additional": inputs[3] is not None,
+        "sub_box": box is not None,
+    }
+    return Problem(query.device.type, query.dtype, 1.0 if scale is None else scale, head_dim, tile_bytes, **facts)
 
 
 NAMES = tuple(backend.name for backend in BACKENDS)

@@ -314,7 +314,7 @@ def test_compiled_calls_show_the_same_sentence(name):
     changes = {**MISTAKES, **PYTHON_ONLY}[name]
     kind, _, sentence = refusal(public, **changes).partition(": ")
     text = refusal(compiled, public, {**GOOD, **changes}, "eager")
-    assert re.search(rf"{kind}\(.{{0,30}}{re.escape(repr(sentence))}", text), text  # torch 2.11 puts a word before it
+    assert re.search(rf"{kind}\((\[ConstantVariable\(str: )?{re.escape(repr(sentence))}", text), text  # so torch 2.11
     assert torch.equal(compiled(public, GOOD, "eager"), TOKENS)
 
 

@@ -2,13 +2,11 @@
 // Forward of the tiled path: scores of a chunk of queries (lanes are queries), softmax down the slots, weighted sums of
 // values (lanes are the head dim).
 //
-// Lab notebook (AMD Zen 5, one thread, 56x56, 4 heads of 32, window 7x7; GF/s of the best of many calls of this header by a
-// driver that was not kept, so without torch; bench.run headline large has the rows that stand)
-// * Everything in L2, AVX-512 80-86, AVX2 60-63; the same loop in float32 sgemm 1024^3: 90-96 a thread.
-// * Arrays of pointers moved by an offset (columns, slots) were stored one by one and loaded as vectors: 12 % of the time
-//   at 448x448, 4 % at 56x56, waiting for stores. Base pointers and an index instead.
-// * 448x448, 2 heads: 36 with an owner a head, 40 with the next row prefetched while packing and the output prefetched
-//   to write, 62 with both heads in one owner (heads_that_share_pages).
+// Lab notebook (AMD Zen 5; rows to try a change on: python -m bench.run headline large --ours --threads 1)
+// * Arrays of pointers moved by an offset (columns, slots) were stored one by one and loaded as vectors, waiting for stores,
+//   most of all at 448x448. Base pointers and an index instead.
+// * 448x448, 2 heads: prefetching the next row while packing, and the output to write, gains a little; both heads in one
+//   owner gains half as much again as the whole had (heads_that_share_pages; bench.tune_cpu tilings tries both).
 // * A tile's scores are recomputed by the backward instead of read: no lse, no rounding of it.
 // * Not tried: rows narrower than a vector (7x7 in AVX-512 wastes 9 of 16 lanes), loads shared by neighbouring vectors of
 //   queries in one dimension, GEMM tiles for blocked attention, AVX512-BF16 and AMX.
@@ -19,10 +17,10 @@ namespace natten {
 namespace {
 
 // How queries come in and outputs go out where the problem's tensors do not say: generated code computes the queries of a
-// few tokens, and goes on with their outputs or log-sum-exps, while they are hot. A token a call cost 4 % at 56x56.
+// few tokens, and goes on with their outputs or log-sum-exps, while they are hot.
 // hook(batch, head, token, inner, places, count, numbers, pitch): tokens in the caller's axes, of which `inner` takes the
-// `places` and the others are token's; a row of numbers for each, `pitch` apart. To fetch ahead what hooks touch makes no
-// difference (bench.compiled neighbours, also at 224x224).
+// `places` and the others are token's; a row of numbers for each, `pitch` apart. To fetch ahead what hooks touch made no
+// difference to bench.compiled neighbours.
 struct Nothing {};
 template <class Query, class Out, class Lse> struct Hooks {
   static constexpr bool computes_query = !std::is_same_v<Query, Nothing>, takes_out = !std::is_same_v<Out, Nothing>,

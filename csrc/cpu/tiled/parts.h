@@ -5,7 +5,7 @@
 //
 // With m and t the maximum and total of the parts so far, and m', t' those of the next one:
 //   m'' = max(m, m'),  t'' = exp(m - m'') t + exp(m' - m'') t',  and so for every sum that t divides in the end.
-// python -m bench.run in_parts: 63x63 keys of 64 in parts of 3 rows, a sixth of the general path's time.
+// python -m bench.run in_parts: 63x63 keys of 64, in parts of 4 rows; docs/benchmarks.md has its ratios.
 #pragma once
 #include "keys.h"
 

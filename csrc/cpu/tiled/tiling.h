@@ -284,8 +284,8 @@ template <class T> inline int64_t heads_that_share_pages(const Problem& p) {
   return together;
 }
 
-// Slots of a part, at most: the scores of four rows of a vector then take 64 KB. A plateau: 128 takes 0 - 10 % longer and 512
-// from 4 % less to 7 % more time (windows 63x63, 41x41, 4001 and 9x15x15; forward and backward).
+// Slots of a part, at most: the scores of four rows of a vector then take 64 KB. A plateau: half
+// and twice as many move python -m bench.run in_parts --threads 1 by 2 to 5 %.
 constexpr int64_t kPartSlots = 256;
 
 // Tiles of parts of the windows: the outermost axis is cut first, so that runs along the innermost stay long.
