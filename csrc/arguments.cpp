@@ -40,23 +40,48 @@ void check_tensor(const char* name, const Tensor& tensor, const Arguments& a, co
   check_device(name, tensor, a.query);
 }
 
+}  // namespace
+
 void check_dim(const char* name, int64_t dim, int64_t least) {
   STD_TORCH_CHECK(dim >= least && dim <= kMaxHeadDim, "natten: head dim of ", name, " is ", dim, ", it must be ", least, " to ", kMaxHeadDim);
 }
 
-void check_lists(const Arguments& a) {
-  const int64_t rank = a.rank();
+void check_windows(const Windows& w, int64_t rank) {
   const struct { const char* name; const Integers& list; } lists[] = {
-      {"kernel_size", a.kernel_size}, {"stride", a.stride}, {"dilation", a.dilation}};
+      {"kernel_size", w.kernel_size}, {"stride", w.stride}, {"dilation", w.dilation}};
   for (const auto& [name, list] : lists) {
     STD_TORCH_CHECK(int64_t(list.size()) == rank, "natten: ", name, " has ", list.size(), " entries for ", rank, " spatial axes");
     for (int64_t axis = 0; axis < rank; ++axis)
       STD_TORCH_CHECK(list[axis] >= 1, "natten: ", name, "[", axis, "]=", list[axis], " must be at least 1");
   }
-  STD_TORCH_CHECK(int64_t(a.is_causal.size()) == rank, "natten: is_causal has ", a.is_causal.size(), " entries for ", rank, " spatial axes");
+  STD_TORCH_CHECK(int64_t(w.is_causal.size()) == rank, "natten: is_causal has ", w.is_causal.size(), " entries for ", rank, " spatial axes");
   for (int64_t axis = 0; axis < rank; ++axis)
-    STD_TORCH_CHECK(a.stride[axis] <= a.kernel_size[axis], "natten: stride[", axis, "]=", a.stride[axis],
-                    " exceeds kernel_size[", axis, "]=", a.kernel_size[axis]);
+    STD_TORCH_CHECK(w.stride[axis] <= w.kernel_size[axis], "natten: stride[", axis, "]=", w.stride[axis],
+                    " exceeds kernel_size[", axis, "]=", w.kernel_size[axis]);
+}
+
+void check_span(const Windows& w, int64_t axis, int64_t length) {
+  STD_TORCH_CHECK(w.kernel_size[axis] <= length / w.dilation[axis],  // no product: it might overflow
+                  "natten: kernel_size[", axis, "]=", w.kernel_size[axis], " with dilation[", axis, "]=", w.dilation[axis],
+                  " spans more than the ", length, " tokens on axis ", axis);
+}
+
+void check_rpb(const Tensor& rpb, const Windows& w, const Tensor& query, int64_t heads) {
+  Integers expected{heads};
+  for (size_t axis = 0; axis < w.kernel_size.size(); ++axis) {
+    STD_TORCH_CHECK(w.stride[axis] == 1, "natten: rpb is not defined for stride[", axis, "]=", w.stride[axis], ", only for 1");
+    expected.push_back(2 * w.kernel_size[axis] - 1);
+  }
+  check_shape("rpb", rpb, expected);
+  const bool wide = rpb.scalar_type() == ScalarType::Float && query.scalar_type() != ScalarType::Double;
+  if (!wide) check_dtype("rpb", rpb, query.scalar_type());
+  check_device("rpb", rpb, query);
+}
+
+namespace {
+
+void check_box(const Arguments& a) {
+  const int64_t rank = a.rank();
   const size_t given = a.q_origin.size() + a.kv_origin.size() + a.extent.size();
   STD_TORCH_CHECK(given == 0 || (int64_t(a.q_origin.size()) == rank && int64_t(a.kv_origin.size()) == rank && int64_t(a.extent.size()) == rank),
                   "natten: q_origin, kv_origin and extent have ", a.q_origin.size(), ", ", a.kv_origin.size(), " and ", a.extent.size(),
@@ -68,9 +93,7 @@ void check_axis(const Arguments& a, int64_t axis) {
   const int64_t queries = a.query.size(axis + 1), keys = a.key.size(axis + 1);
   const int64_t length = boxed ? a.extent[axis] : queries;
   STD_TORCH_CHECK(length <= kMaxExtent, "natten: extent[", axis, "]=", length, " is more than ", kMaxExtent);
-  STD_TORCH_CHECK(a.kernel_size[axis] <= length / a.dilation[axis],  // no product: it might overflow
-                  "natten: kernel_size[", axis, "]=", a.kernel_size[axis], " with dilation[", axis, "]=", a.dilation[axis],
-                  " spans more than the ", length, " tokens on axis ", axis);
+  check_span(a.windows(), axis, length);
   if (!boxed) {
     STD_TORCH_CHECK(queries == keys, "natten: query has ", queries, " tokens on axis ", axis, ", key has ", keys);
     return;
@@ -93,7 +116,7 @@ void check_axis(const Arguments& a, int64_t axis) {
 }
 
 void check_extras(const Arguments& a) {
-  const int64_t batch = a.query.size(0), heads = a.query.size(-2), heads_kv = a.key.size(-2), rank = a.rank();
+  const int64_t batch = a.query.size(0), heads_kv = a.key.size(-2), rank = a.rank();
   STD_TORCH_CHECK(a.additional_keys.has_value() == a.additional_values.has_value(),
                   "natten: additional_keys and additional_values must be given together");
   if (a.additional_keys) {
@@ -102,17 +125,7 @@ void check_extras(const Arguments& a) {
     check_tensor("additional_keys", *a.additional_keys, a, {batch, tokens, heads_kv, a.query.size(-1)});
     check_tensor("additional_values", *a.additional_values, a, {batch, tokens, heads_kv, a.value.size(-1)});
   }
-  if (a.rpb) {
-    Integers expected{heads};
-    for (int64_t axis = 0; axis < rank; ++axis) {
-      STD_TORCH_CHECK(a.stride[axis] == 1, "natten: rpb is not defined for stride[", axis, "]=", a.stride[axis], ", only for 1");
-      expected.push_back(2 * a.kernel_size[axis] - 1);
-    }
-    check_shape("rpb", *a.rpb, expected);
-    const bool wide = a.rpb->scalar_type() == ScalarType::Float && a.query.scalar_type() != ScalarType::Double;
-    if (!wide) check_dtype("rpb", *a.rpb, a.query.scalar_type());
-    check_device("rpb", *a.rpb, a.query);
-  }
+  if (a.rpb) check_rpb(*a.rpb, a.windows(), a.query, a.query.size(-2));
   if (a.key_mask) {
     Integers expected{batch};
     for (int64_t axis = 0; axis < rank; ++axis) expected.push_back(a.key.size(axis + 1));
@@ -128,7 +141,8 @@ void check(const Arguments& a) {
   const int64_t rank = a.rank();
   STD_TORCH_CHECK(rank >= 1 && rank <= kAxes, "natten: query has shape ", shape_text(a.query), ", expected [batch, 1 to 3 axes, heads, dim]");
   cpu_dtype(a.query);
-  check_lists(a);
+  check_windows(a.windows(), rank);
+  check_box(a);
   STD_TORCH_CHECK(a.key.dim() == a.query.dim(), "natten: key has ", a.key.dim(), " dims, query ", a.query.dim());
   check_dim("query", a.query.size(-1), 1);
   Integers key_shape{a.query.size(0)};
@@ -159,6 +173,24 @@ Rows rows_of(const Tensor& tensor, bool has_batch, int64_t spatial, bool has_hea
   return rows;
 }
 
+Rows heads_first_rows(const Tensor& tensor, int64_t spatial) {
+  Rows rows;
+  rows.data = tensor.data_ptr();
+  rows.batch = tensor.stride(0), rows.head = tensor.stride(1), rows.dim = tensor.stride(spatial + 2);
+  for (int64_t axis = 0; axis < spatial; ++axis) rows.token[kAxes - spatial + axis] = tensor.stride(axis + 2);
+  return rows;
+}
+
+void set_axis(Problem& p, const Windows& w, int64_t axis, int64_t rank, int64_t length) {
+  p.axis[kAxes - rank + axis] = Axis{length, w.kernel_size[axis], w.stride[axis], w.dilation[axis], bool(w.is_causal[axis])};
+}
+
+void set_rpb(Problem& p, const Tensor& rpb, int64_t rank) {
+  p.rpb = rows_of(rpb, false, 0, true, false);
+  p.rpb_wide = rpb.scalar_type() == ScalarType::Float;
+  for (int64_t axis = 0; axis < rank; ++axis) p.rpb.token[kAxes - rank + axis] = rpb.stride(axis + 1);
+}
+
 Problem make_problem(const Arguments& a) {
   Problem p{};
   const int64_t rank = a.rank(), lead = kAxes - rank;
@@ -177,7 +209,7 @@ Problem make_problem(const Arguments& a) {
     p.kv_shape[i] = a.key.size(axis + 1);
     if (!a.extent.empty()) p.q_origin[i] = a.q_origin[axis], p.kv_origin[i] = a.kv_origin[axis];
     const int64_t length = a.extent.empty() ? p.q_shape[i] : a.extent[axis];
-    p.axis[i] = Axis{length, a.kernel_size[axis], a.stride[axis], a.dilation[axis], bool(a.is_causal[axis])};
+    set_axis(p, a.windows(), axis, rank, length);
   }
   p.query = rows_of(a.query, true, rank, true, true);
   p.key = rows_of(a.key, true, rank, true, true);
@@ -187,11 +219,7 @@ Problem make_problem(const Arguments& a) {
     p.additional_keys = rows_of(*a.additional_keys, true, 1, true, true);
     p.additional_values = rows_of(*a.additional_values, true, 1, true, true);
   }
-  if (a.rpb) {
-    p.rpb = rows_of(*a.rpb, false, 0, true, false);
-    p.rpb_wide = a.rpb->scalar_type() == ScalarType::Float;
-    for (int64_t axis = 0; axis < rank; ++axis) p.rpb.token[lead + axis] = a.rpb->stride(axis + 1);
-  }
+  if (a.rpb) set_rpb(p, *a.rpb, rank);
   if (a.key_mask) p.key_mask = rows_of(*a.key_mask, true, rank, false, false);
   return p;
 }

@@ -9,6 +9,12 @@ namespace natten {
 // Backend ids, the same as in natten_ops/backends.py (tests/test_backends.py compares them).
 enum Backend : int64_t { kChoose = 0, kCpuGeneral = 1, kCpuTiled = 2 };
 
+// What attends to what, one entry an axis.
+struct Windows {
+  const Integers &kernel_size, &stride, &dilation;
+  const Flags& is_causal;
+};
+
 struct Arguments {
   const Tensor &query, &key, &value;
   const Integers &kernel_size, &stride, &dilation;
@@ -18,6 +24,7 @@ struct Arguments {
   const Integers &q_origin, &kv_origin, &extent;
 
   int64_t rank() const { return query.dim() - 3; }
+  Windows windows() const { return {kernel_size, stride, dilation, is_causal}; }
 };
 
 // Far above any use, far below what would overflow in sizes of scratch and in window arithmetic.
@@ -29,13 +36,27 @@ void check_shape(const char* name, const Tensor& tensor, const Integers& expecte
 void check_dtype(const char* name, const Tensor& tensor, ScalarType expected);
 void check_device(const char* name, const Tensor& tensor, const Tensor& query);
 
+// Raises unless each list has `rank` entries that lie within their bounds.
+void check_windows(const Windows& windows, int64_t rank);
+// Raises unless the window of that axis fits into `length` tokens.
+void check_span(const Windows& windows, int64_t axis, int64_t length);
+// Raises unless the bias table fits tensors like `query`, with that many heads.
+void check_rpb(const Tensor& rpb, const Windows& windows, const Tensor& query, int64_t heads);
+void check_dim(const char* name, int64_t dim, int64_t least);
+
 // Raises unless a kernel may run on the arguments without touching memory that is not theirs.
 void check(const Arguments& arguments);
+
+// Axis `axis` of `rank`, of `length` tokens in the whole grid.
+void set_axis(Problem& problem, const Windows& windows, int64_t axis, int64_t rank, int64_t length);
+void set_rpb(Problem& problem, const Tensor& rpb, int64_t rank);
 
 // The problem of checked arguments; outputs and gradients are still to be set.
 Problem make_problem(const Arguments& arguments);
 
 // A tensor of shape [batch, spatial.., heads, dim], or without dim, as rows; `spatial` dims are right-aligned.
 Rows rows_of(const Tensor& tensor, bool has_batch, int64_t spatial, bool has_head, bool has_dim);
+// The same of a tensor of shape [batch, heads, spatial.., dim].
+Rows heads_first_rows(const Tensor& tensor, int64_t spatial);
 
 }  // namespace natten

@@ -27,6 +27,13 @@ inline ScalarType lse_dtype(const Tensor& query) {
   return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline Integers sizes_of(const Tensor& tensor) { return Integers(tensor.sizes().begin(), tensor.sizes().end()); }
+
+// The bias table is a small parameter: kernels read it densely.
+inline OptionalTensor dense(const OptionalTensor& table) {
+  return table ? OptionalTensor(torch::stable::contiguous(*table)) : table;
+}
+
 inline cpu::Dtype cpu_dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double: return cpu::Dtype::float64;
@@ -60,6 +67,37 @@ inline void run_parts(cpu::Pass pass, const Problem& problem, int64_t items, int
 
 inline void run(cpu::Pass pass, const Problem& problem, int64_t items, int64_t scratch_bytes, double work) {
   run_parts(pass, problem, items, scratch_bytes, useful_shares(work, smaller(torch::stable::get_num_threads(), items)));
+}
+
+// Passes that add to keys: colour after colour, then the sums become gradients.
+inline void run_colours(const cpu::TiledBackwardKernels& kernels, const Problem& p) {
+  const int64_t scratch = kernels.scratch_bytes(p);
+  const bool in_parts = kernels.partial_size(p) > 0;
+  for (int colour = 0; colour < 4; ++colour) {
+    const int64_t owners = kernels.owners(p, colour);
+    if (in_parts) run_parts(kernels.backward[colour], p, owners, scratch, kParts);
+    else run(kernels.backward[colour], p, owners, scratch, work_of(p));
+  }
+  run(kernels.narrow, p, p.batch * p.kv_shape[0] * p.kv_shape[1] * p.kv_shape[2], 0, work_of(p) / 16);
+  if (in_parts) run_parts(kernels.reduce, p, 1, 0, 1);
+}
+
+// Zeros that the gradients of keys (or values) are added to: the gradient itself where it has the type of sums and rows
+// of whole vectors, else a padded copy, which the last pass rounds. `view` makes rows of a tensor.
+template <class View> Tensor make_sums(Tensor& gradient, const Rows& rows, Rows& sums, const View& view) {
+  if (!rows.data) return gradient;
+  const ScalarType dtype = lse_dtype(gradient);
+  const int64_t lanes = dtype == ScalarType::Double ? 8 : 16;  // of the widest vectors
+  Integers shape = sizes_of(gradient);
+  if (dtype == gradient.scalar_type() && shape.back() % lanes == 0) {
+    torch::stable::zero_(gradient);
+    sums = rows;
+    return gradient;
+  }
+  shape.back() = ceil_div(shape.back(), lanes) * lanes;
+  Tensor padded = torch::stable::new_zeros(gradient, shape, dtype);
+  sums = view(padded);
+  return padded;
 }
 
 }  // namespace natten

@@ -6,8 +6,6 @@
 namespace natten {
 namespace {
 
-Integers sizes_of(const Tensor& tensor) { return Integers(tensor.sizes().begin(), tensor.sizes().end()); }
-
 void check_backend(int64_t backend) {
   STD_TORCH_CHECK(backend == kChoose || backend == kCpuGeneral || backend == kCpuTiled, "natten: backend=", backend,
                   " cannot run on CPU tensors; use 0 (choose), 1 (cpu-general) or 2 (cpu-tiled)");
@@ -19,10 +17,6 @@ bool takes_tiled(const Problem& p, cpu::Dtype dtype, int64_t backend) {
   STD_TORCH_CHECK(able || backend != kCpuTiled, "natten: backend=2 (cpu-tiled) cannot run this problem: it takes positive scales, "
                   "head dims above 0, and tiles of at most ", kMaxTiledBytes, " bytes; use 0 (choose) or 1 (cpu-general)");
   return able;
-}
-
-OptionalTensor dense(const OptionalTensor& table) {  // the bias table is a small parameter: kernels read it densely
-  return table ? OptionalTensor(torch::stable::contiguous(*table)) : table;
 }
 
 std::tuple<Tensor, Tensor> forward_cpu(
@@ -110,35 +104,6 @@ void run_general(const cpu::BackwardKernels& kernels, const Problem& p) {
     run(kernels.additional, p, p.batch * p.additional, scratch, 2 * work);
 }
 
-void run_tiled(const cpu::TiledBackwardKernels& kernels, const Problem& p) {
-  const int64_t scratch = kernels.scratch_bytes(p);
-  const bool in_parts = kernels.partial_size(p) > 0;
-  for (int colour = 0; colour < 4; ++colour) {
-    const int64_t owners = kernels.owners(p, colour);
-    if (in_parts) run_parts(kernels.backward[colour], p, owners, scratch, kParts);
-    else run(kernels.backward[colour], p, owners, scratch, work_of(p));
-  }
-  run(kernels.narrow, p, p.batch * p.kv_shape[0] * p.kv_shape[1] * p.kv_shape[2], 0, work_of(p) / 16);
-  if (in_parts) run_parts(kernels.reduce, p, 1, 0, 1);
-}
-
-// Zeros that the gradients of keys (or values) are added to: the gradient itself where it has the type of sums and rows
-// of whole vectors, else a padded copy, which the last pass rounds.
-Tensor make_sums(const Tensor& like, int64_t rank, Rows& gradient, Rows& sums, Tensor& result) {
-  if (!gradient.data) return result;
-  const int64_t lanes = like.scalar_type() == ScalarType::Double ? 8 : 16;  // of the widest vectors
-  Integers shape = sizes_of(result);
-  if (like.scalar_type() == result.scalar_type() && shape.back() % lanes == 0) {
-    torch::stable::zero_(result);
-    sums = gradient;
-    return result;
-  }
-  shape.back() = ceil_div(shape.back(), lanes) * lanes;
-  Tensor rows = torch::stable::new_zeros(like, shape);
-  sums = rows_of(rows, true, rank, true, true);
-  return rows;
-}
-
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 void check_saved(const Arguments& a, const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
@@ -185,9 +150,10 @@ Six backward_cpu(
     const cpu::TiledBackwardKernels kernels = cpu::tiled_backward_kernels(dtype);
     const Tensor partials = torch::stable::new_zeros(lse, Integers{kParts * kernels.partial_size(p)});
     p.partials = partials.data_ptr();
-    const Tensor sum_key = make_sums(lse, rank, p.grad_key, p.sum_key, g[1]);
-    const Tensor sum_value = make_sums(lse, rank, p.grad_value, p.sum_value, g[2]);
-    run_tiled(kernels, p);
+    const auto rows = [rank](const Tensor& tensor) { return rows_of(tensor, true, rank, true, true); };
+    const Tensor sum_key = make_sums(g[1], p.grad_key, p.sum_key, rows);
+    const Tensor sum_value = make_sums(g[2], p.grad_value, p.sum_value, rows);
+    run_colours(kernels, p);
   } else {
     const Tensor delta = torch::stable::new_empty(lse, sizes_of(lse)), row_lse = torch::stable::new_empty(lse, sizes_of(lse));
     p.delta = rows_of(delta, true, rank, true, false);

@@ -27,6 +27,11 @@ struct Problem {
   // Tiled path, for bench.tune_cpu: queries of a strip, rows of a block, heads together, bytes of a chunk; 0: choose.
   int64_t tiling[4];
   Rows key_mask;
+  // Unfused ops: weights that are read and written, [.., slot]; `dim` is the stride of slots. In a window, neighbours on an
+  // axis are slot_step slots apart; slots that a window lacks are written as `absent`.
+  Rows slots_in, slots_out;
+  int64_t slot_step[kAxes];
+  double absent;
   // backward
   Rows grad_out, grad_lse, grad_query, grad_key, grad_value, grad_additional_keys, grad_additional_values, grad_rpb;
   Rows delta;            // [batch, queries, heads], dtype of lse: <grad_out, out> - grad_lse, before out was rounded

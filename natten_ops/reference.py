@@ -181,6 +181,66 @@ def backward_jvp(
     return lower(gradient_t, inputs, slots)
 
 
+# ---- the two halves, heads first ------------------------------------------------------------------------------------
+
+
+def qk(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    *,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+) -> Tensor:
+    """attn[.., s] = <query, key of slot s> + bias of slot s, unscaled, with the arguments of `torch.ops.natten.na_qk`.
+
+    Args:
+        query, key: `[B, H, *spatial, D]`; additional_keys: `[B, H, T, D]`, the last slots.
+
+    Returns:
+        `[B, H, *spatial, prod(kernel_size) + T]`, -inf in the slots of keys that a causal query does not see.
+    """
+    inputs = _heads_last(query, key, additional_keys, rpb)
+    slots = window_slots(inputs, make_params(query.dim() - 3, kernel_size, stride, dilation, is_causal), None)
+    mask = slot_mask(inputs, slots)
+    logits_BNKGS = _logits(_mask_lifted(lift(inputs, slots), mask), 1.0)
+    attn_BNHS = logits_BNKGS.masked_fill(~mask[:, :, None, None], -math.inf).flatten(2, 3)
+    return attn_BNHS.transpose(1, 2).reshape(query.shape[:-1] + attn_BNHS.shape[-1:]).to(query.dtype)
+
+
+def av(
+    attn: Tensor,
+    value: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    *,
+    additional_values: Tensor | None = None,
+) -> Tensor:
+    """out = sum over the visible slots s of attn[.., s] * value of slot s, with the arguments of `torch.ops.natten.na_av`.
+
+    Args:
+        attn: `[B, H, *spatial, prod(kernel_size) + T]`; value: `[B, H, *spatial, D]`; additional_values: `[B, H, T, D]`.
+    """
+    inputs = _heads_last(value, value, additional_values)
+    slots = window_slots(inputs, make_params(value.dim() - 3, kernel_size, stride, dilation, is_causal), None)
+    mask = slot_mask(inputs, slots)
+    values_BNSHE = _mask_lifted(lift(inputs, slots), mask).values_BNSKE
+    weights_BNHS = attn.to(values_BNSHE.dtype).flatten(2, -2).transpose(1, 2).masked_fill(~mask[:, :, None], 0.0)
+    return torch.einsum("bnhs,bnshe->bhne", weights_BNHS, values_BNSHE).reshape(value.shape).to(value.dtype)
+
+
+def _heads_last(query: Tensor, key: Tensor, additional: Tensor | None, rpb: Tensor | None = None) -> Inputs:
+    """As the inputs of a fused attention whose values are its keys."""
+    keys = key.movedim(1, -2)
+    extra = None if additional is None else additional.transpose(1, 2)
+    return Inputs(query.movedim(1, -2), keys, keys, extra, extra, rpb)
+
+
 # ---- windows -------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@
   ForwardKernels tiled_forward_kernels(Dtype);  \
   BackwardKernels backward_kernels(Dtype);      \
   TiledBackwardKernels tiled_backward_kernels(Dtype); \
+  UnfusedKernels unfused_kernels(Dtype);        \
   }
 NATTEN_ISA_LIST(DECLARE)
 #undef DECLARE
@@ -54,6 +55,7 @@ ForwardKernels forward_kernels(Dtype dtype) { return (CHOOSE(forward_kernels))(d
 ForwardKernels tiled_forward_kernels(Dtype dtype) { return (CHOOSE(tiled_forward_kernels))(dtype); }
 BackwardKernels backward_kernels(Dtype dtype) { return (CHOOSE(backward_kernels))(dtype); }
 TiledBackwardKernels tiled_backward_kernels(Dtype dtype) { return (CHOOSE(tiled_backward_kernels))(dtype); }
+UnfusedKernels unfused_kernels(Dtype dtype) { return (CHOOSE(unfused_kernels))(dtype); }
 
 int64_t tiled_scratch_bytes(const Problem& problem, Dtype dtype) {
   Problem p = problem;

@@ -36,10 +36,17 @@ struct TiledBackwardKernels {
   Pass reduce;       // one item: the partial sums, in fixed order, to the gradients
 };
 
+// The unfused ops: what reads and writes rows of queries alone, and what also adds to keys.
+struct UnfusedKernels {
+  ForwardKernels by_query;
+  TiledBackwardKernels by_key;
+};
+
 ForwardKernels forward_kernels(Dtype dtype);
 ForwardKernels tiled_forward_kernels(Dtype dtype);
 BackwardKernels backward_kernels(Dtype dtype);
 TiledBackwardKernels tiled_backward_kernels(Dtype dtype);
+UnfusedKernels unfused_kernels(Dtype dtype);
 
 // Bytes that a thread of the tiled path takes, of either pass and with every gradient: the same whichever pass asks, so that
 // both choose alike. Above kMaxTiledBytes, or with a scale that is not positive, or an empty head dim, it is not chosen.

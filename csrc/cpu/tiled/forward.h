@@ -33,6 +33,7 @@ template <class... Functions> Hooks<Functions...> make_hooks(const Functions&...
 using NoHooks = Hooks<Nothing, Nothing, Nothing>;
 
 template <class T, class G = Anything, class H = NoHooks> struct Forward {
+  using Element = T;
   using A = Accumulate<T>;
   static constexpr int W = kLanes<A>;
   static constexpr bool kParts = std::is_same_v<G, Anything>;  // generated code is made for whole windows
@@ -174,23 +175,12 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
     }
   }
   void sum_values(const Owner& owner, int64_t head_kv, int64_t head, const BlockRow& row, int r, const Group& group, int from) {
-    const int window = window_slots(row, t);
-    ByQuery<A> coefficient, extra;
-    A factor[kMaxOutputs], *out[kMaxOutputs];
-    for (int n = 0; n < group.count; ++n) {
-      const int q = group.first + n;
-      coefficient.at[n] = scores + r * t.chunk * t.slots * W + strip.place[q];
-      extra.at[n] = coefficient.at[n] + (strip.first[q] + window) * W;
-      factor[n] = inverse[r * t.chunk * W + q - from * W];
-      out[n] = sums + n * keys.value.pitch;
-    }
-    sum_columns<A, G>(group, coefficient, visits + r * visits_per_row(), listed[r], keys.value.pitch, out, additional_here ? nullptr : factor, false);
-    if (additional_here) {
-      const Visit<A> all{keys.additional_of(keys.value, 1, head_kv), 0};
-      sum_columns<A, G>(flat_group(group, additional_here), extra, &all, 1, keys.value.pitch, out, factor, true);
-    }
+    A factor[kMaxOutputs];
+    for (int n = 0; n < group.count; ++n) factor[n] = inverse[r * t.chunk * W + group.first + n - from * W];
+    sum_group<T, G>(keys, keys.value, head_kv, strip, group, scores + r * t.chunk * t.slots * W, visits + r * visits_per_row(), listed[r],
+                    window_slots(row, t), additional_here, factor, sums);
     for (int n = 0; n < group.count; ++n)
-      if (factor[n] == 0) std::memset(out[n], 0, size_t(keys.value.pitch) * sizeof(A));  // 0 * NaN of a value that nobody attends to
+      if (factor[n] == 0) std::memset(sums + n * keys.value.pitch, 0, size_t(keys.value.pitch) * sizeof(A));  // 0 * NaN of a value that nobody attends to
     if constexpr (kParts) {
       if (!t.whole) return gather(group, r, from);
     }

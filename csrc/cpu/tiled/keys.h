@@ -144,6 +144,16 @@ inline void score_additional(const Products<A>& a, const Tiling& t, const A* key
   }
 }
 
+// Scores of one vector of queries -> scale * score + bias; not those of additional tokens, which have none.
+template <class A>
+inline void add_bias_of_window(A* scores, A scale, const Tiling& t, const Strip<A>& strip, const BiasTables<A>& bias, int64_t head,
+                               const BlockRow& row, int vector) {
+  const int kernel = int(t.part[2]);
+  for (int64_t z = 0; z < row.z_end - row.z_begin; ++z)
+    for (int64_t y = 0; y < row.y_end - row.y_begin; ++y, scores += kernel * kLanes<A>)
+      add_bias_of_map<A>(scores, kernel, scale, bias.row(head, row.z_bias + z, row.y_bias + y), strip.bias[vector]);
+}
+
 // Scores of one vector of queries -> weights, not yet divided by their total. Returns the statistics of scale * score.
 template <class A>
 inline Statistics<A> weigh_vector(A* scores, const Problem& p, const Tiling& t, const Strip<A>& strip, const BiasTables<A>& bias,
@@ -152,11 +162,8 @@ inline Statistics<A> weigh_vector(A* scores, const Problem& p, const Tiling& t, 
   const int kernel = int(t.part[2]), window = window_slots(row, t), slots = window + additional;
   const A scale = A(p.scale);
   if (bias.tables) {
-    A* at = scores;
-    for (int64_t z = 0; z < row.z_end - row.z_begin; ++z)
-      for (int64_t y = 0; y < row.y_end - row.y_begin; ++y, at += kernel * kLanes<A>)
-        add_bias_of_map<A>(at, kernel, scale, bias.row(head, row.z_bias + z, row.y_bias + y), strip.bias[vector]);
-    for (int i = window; i < slots; ++i, at += kLanes<A>) store(at, load(at) * scale);
+    add_bias_of_window(scores, scale, t, strip, bias, head, row, vector);
+    for (int i = window; i < slots; ++i) store(scores + i * kLanes<A>, load(scores + i * kLanes<A>) * scale);
   }
   cut_short<A>(scores, window, kernel, strip.cut[vector], -A(__builtin_inf()));
   Statistics<A> s = weigh<A>(scores, slots, bias.tables ? kLog2e : scale * kLog2e);
@@ -309,6 +316,26 @@ inline void sum_columns(const Group& group, const Coefficient& coefficient, cons
   for (int c = 0; c < all; c += kMaxColumns)
     pick_sum_band<A, G, Coefficient>(columns_per_call(all - c), group.count, group.diagonal)(band, coefficient, c * kLanes<A>);
 }
+// The sums of a group of queries over the rows that they see of one form of the keys, and over the additional tokens:
+// factor[n] * sum of coefficients * rows, to sums[n][pitch]. `coefficients` are those of the queries' row of the block.
+template <class T, class G, class A = Accumulate<T>>
+inline void sum_group(const PackedKeys<T>& keys, const typename PackedKeys<T>::Form& form, int64_t n, const Strip<A>& strip,
+                      const Group& group, const A* coefficients, const Visit<A>* visits, int count, int window, int additional,
+                      const Accumulate<T>* factor, A* sums) {
+  ByQuery<A> coefficient, extra;
+  A* out[kMaxOutputs];
+  for (int i = 0; i < group.count; ++i) {
+    const int q = group.first + i;
+    coefficient.at[i] = coefficients + strip.place[q];
+    extra.at[i] = coefficient.at[i] + (strip.first[q] + window) * kLanes<A>;
+    out[i] = sums + i * form.pitch;
+  }
+  sum_columns<A, G>(group, coefficient, visits, count, form.pitch, out, additional ? nullptr : factor, false);
+  if (!additional) return;
+  const Visit<A> all{keys.additional_of(form, 1, n), 0};
+  sum_columns<A, G>(flat_group(group, additional), extra, &all, 1, form.pitch, out, factor, true);
+}
+
 // One row of sums to the output's type.
 template <class T, class A = Accumulate<T>> inline void write_row(const A* sums, T* out, int64_t dim) {
   constexpr int W = kLanes<A>;

@@ -52,6 +52,33 @@ __attribute__((noinline)) void pack_transposed(const TokenRow<T>& row, int count
   }
 }
 
+// The way back: element d of token i, at base + token[i] * stride + d * dim_stride, = in[d][lane of i], rounded; a block of
+// in holds the tokens of one vector.
+template <class T, class A>
+__attribute__((noinline)) void unpack_transposed(const A* in, int64_t block, int count, int64_t dim, T* base, const int64_t* token, int64_t stride, int64_t dim_stride) {
+  constexpr int W = kLanes<A>;
+  for (int i = 0; i < count; i += W, in += block) {
+    const int lanes = count - i < W ? count - i : W;
+    T* to[W];
+    for (int l = 0; l < lanes; ++l) to[l] = base + token[i + l] * stride;
+    int64_t d = 0;
+    if constexpr (sizeof(A) == 4) {
+      for (; dim_stride == 1 && d + 4 <= dim; d += 4) {
+        Vector<float> v[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) v[j] = load(in + (d + j) * W);
+        transpose_parts(v);
+        T part[4][W];  // [lane mod 4][lane / 4][element]
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) store_narrow(part[j], v[j]);
+        for (int l = 0; l < lanes; ++l) std::memcpy(to[l] + d, part[l % 4] + l / 4 * 4, 4 * sizeof(T));
+      }
+    }
+    for (; d < dim; ++d)
+      for (int l = 0; l < lanes; ++l) narrow(in[d * W + l], to[l] + d * dim_stride);
+  }
+}
+
 // out[i * pitch + d] = element d of token i, zero from dim to pitch.
 template <class T, class A>
 __attribute__((noinline)) void pack_dense(const TokenRow<T>& row, int count, int64_t dim, A* out, int64_t pitch) {

@@ -32,11 +32,11 @@ template <class A> inline Problem turned(const Problem& p) {
   const int order[kAxes] = {swap ? second : first, swap ? first : second, inner};
   Problem q = p;
   Rows* const rows[] = {&q.query, &q.key, &q.value, &q.out, &q.lse, &q.rpb, &q.key_mask, &q.grad_out, &q.grad_lse,
-                        &q.grad_query, &q.grad_key, &q.grad_value, &q.sum_key, &q.sum_value};
-  const int64_t* const from[] = {p.q_shape, p.kv_shape, p.q_origin, p.kv_origin};
-  int64_t* const to[] = {q.q_shape, q.kv_shape, q.q_origin, q.kv_origin};
+                        &q.grad_query, &q.grad_key, &q.grad_value, &q.sum_key, &q.sum_value, &q.slots_in, &q.slots_out};
+  const int64_t* const from[] = {p.q_shape, p.kv_shape, p.q_origin, p.kv_origin, p.slot_step};
+  int64_t* const to[] = {q.q_shape, q.kv_shape, q.q_origin, q.kv_origin, q.slot_step};
   for (int a = 0; a < kAxes; ++a) {
-    for (int i = 0; i < 4; ++i) to[i][a] = from[i][order[a]];
+    for (int i = 0; i < 5; ++i) to[i][a] = from[i][order[a]];
     q.axis[a] = p.axis[order[a]], q.order[a] = order[a];
   }
   for (Rows* r : rows) {
@@ -274,11 +274,12 @@ template <class A> struct Strip {
 
 // Heads of keys that one owner walks together. Heads-last, one head is a fraction of a token's memory, and an image that
 // no cache holds is read again by every owner of its tokens: at 448x448 with two heads of 32, an owner for each head took
-// 1.6 times as long as one for both.
+// 1.6 times as long as one for both. Heads-first tensors (unfused ops) are an image for each head.
 template <class T> inline int64_t heads_that_share_pages(const Problem& p) {
   constexpr int64_t kCached = 8 << 20, kSpan = 1024;
   const int64_t token = p.head_dim * int64_t(sizeof(T)), image = p.kv_shape[0] * p.kv_shape[1] * p.kv_shape[2] * p.heads_kv * token;
   int64_t together = 1;
+  if (p.key.head > p.key.token[2]) return together;
   for (int64_t n = 2; n <= p.heads_kv && image > kCached && n * token <= kSpan; ++n)
     if (p.heads_kv % n == 0) together = n;
   return together;
