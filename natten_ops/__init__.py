@@ -5,7 +5,19 @@ import importlib.metadata
 
 from natten_ops import export, nn
 from natten_ops._library import library_path, show_config
-from natten_ops.functional import merge_attentions, na1d, na2d, na3d, neighborhood_attention
+from natten_ops.functional import (
+    merge_attentions,
+    na1d,
+    na1d_av,
+    na1d_qk,
+    na2d,
+    na2d_av,
+    na2d_qk,
+    na3d,
+    na3d_av,
+    na3d_qk,
+    neighborhood_attention,
+)
 from natten_ops.geometry.block_masks import block_mask, tile_permute, tile_unpermute, tiled_block_mask
 from natten_ops.geometry.masks import mask_mod
 
@@ -18,8 +30,14 @@ __all__ = [
     "mask_mod",
     "merge_attentions",
     "na1d",
+    "na1d_av",
+    "na1d_qk",
     "na2d",
+    "na2d_av",
+    "na2d_qk",
     "na3d",
+    "na3d_av",
+    "na3d_qk",
     "neighborhood_attention",
     "nn",
     "show_config",

@@ -202,6 +202,22 @@ def why_not_inlined(problem: Problem) -> list[str]:
     return by_name("cpu-tiled").why_not(problem)
 
 
+def runs_here(tensor: Tensor) -> bool:
+    """Whether a call computes in this process, or compiles for it; not for another one, as tracing of fake tensors does."""
+    compiling = torch.compiler.is_compiling()
+    real = tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor)
+    return real or (compiling and not torch.compiler.is_exporting())
+
+
+def check_unfused(tensor: Tensor) -> None:
+    """Raise ValueError where the unfused ops have no kernel for the tensor's device."""
+    if tensor.device.type != "cpu" and runs_here(tensor):
+        missing = f": {CUDA_MISSING}" if tensor.device.type == "cuda" else ""
+        raise ValueError(
+            f"the unfused ops run on cpu tensors, not on {tensor.device.type}{missing}; move the tensors to the CPU"
+        )
+
+
 def check_id(number: int) -> None:
     """Raise ValueError unless 0 or the id of a backend."""
     ids = {backend.id: backend.name for backend in BACKENDS if backend.id is not None}

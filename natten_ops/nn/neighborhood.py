@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,14 @@ Args:
     num_kv_heads: key/value heads, a divisor of num_heads; None means num_heads.
     qkv_bias: bias of the query/key/value projection.
     qk_scale: factor of the dot products; None means head_dim ** -0.5.
+    attn_drop: dropout probability of the attention weights. Above 0, training runs the unfused ops, which keep the
+        weights in memory, and with num_kv_heads < num_heads copies of keys and values.
     proj_drop: dropout probability after the output projection.
     device, dtype: of the parameters.
 
 Shape:
-    `[batch, {axes}, embed_dim]` in and out.
+    `[batch, {axes}, embed_dim]` in and out. With `forward(x, return_attention=True)` also the attention map, the weights
+    before dropout: `[batch, num_heads, {axes}, prod(kernel_size)]`, slots row-major as in `natten_ops.na{rank}d_qk`.
 
 Raises:
     ValueError, TypeError: settings that do not fit, with the way out.
@@ -61,6 +65,7 @@ class _NeighborhoodAttention(nn.Module):
         num_kv_heads: int | None = None,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
+        attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -88,6 +93,7 @@ class _NeighborhoodAttention(nn.Module):
             table = [2 * kernel - 1 for kernel in self.kernel_size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *table, device=device, dtype=dtype))
         self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+        self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -98,8 +104,8 @@ class _NeighborhoodAttention(nn.Module):
         if self.rpb is not None:
             nn.init.trunc_normal_(self.rpb, std=RPB_STD)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[batch, *spatial, embed_dim]` to the same."""
+    def forward(self, x: Tensor, return_attention: bool = False) -> Any:
+        """`[batch, *spatial, embed_dim]` to the same; with return_attention, (that, attention map)."""
         if not isinstance(x, Tensor):
             raise TypeError(f"input is a {type(x).__name__}; give a torch.Tensor")
         if x.dim() != self.rank + 2 or x.shape[-1] != self.embed_dim:
@@ -108,19 +114,28 @@ class _NeighborhoodAttention(nn.Module):
         heads = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
         # Views: the kernels read the packed projection in place.
         query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=-2)
-        out = functional.neighborhood_attention(
-            query,
-            key,
-            value,
-            self.kernel_size,
-            stride=self.stride,
-            dilation=self.dilation,
-            is_causal=self.is_causal,
-            scale=self.qk_scale,
-            rpb=self.rpb,
-        )
-        dropped: Tensor = self.proj_drop(self.proj(out.flatten(-2)))
-        return dropped
+        settings: dict[str, Any] = {"stride": self.stride, "dilation": self.dilation, "is_causal": self.is_causal}
+        attention_map = None
+        if return_attention or (self.training and self.attn_drop.p > 0):
+            out, attention_map = self._attend_unfused(query, key, value, settings)
+        else:
+            out = functional.neighborhood_attention(
+                query, key, value, self.kernel_size, **settings, scale=self.qk_scale, rpb=self.rpb
+            )
+        projected = self.proj_drop(self.proj(out.flatten(-2)))
+        return (projected, attention_map) if return_attention else projected
+
+    def _attend_unfused(
+        self, query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The same attention with its weights in memory, which dropout and onlookers need."""
+        query, key, value = (tokens.movedim(-2, 1) for tokens in (query, key, value))
+        if self.num_kv_heads < self.num_heads:
+            key, value = (t.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for t in (key, value))
+        scale = self.head_dim**-0.5 if self.qk_scale is None else self.qk_scale
+        qk, av = getattr(functional, f"na{self.rank}d_qk"), getattr(functional, f"na{self.rank}d_av")
+        weights = qk(query * scale, key, self.kernel_size, **settings, rpb=self.rpb).softmax(dim=-1)
+        return av(self.attn_drop(weights), value, self.kernel_size, **settings).movedim(1, -2), weights
 
     def extra_repr(self) -> str:
         """The settings that differ from the defaults, for `print(model)`."""
@@ -132,6 +147,8 @@ class _NeighborhoodAttention(nn.Module):
                 parts.append(f"{name}={getattr(self, name)}")
         if self.rpb is not None:
             parts.append("rel_pos_bias=True")
+        if self.attn_drop.p:
+            parts.append(f"attn_drop={self.attn_drop.p}")
         if self.qk_scale is not None:
             parts.append(f"qk_scale={self.qk_scale}")
         return ", ".join(parts)

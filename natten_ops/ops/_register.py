@@ -36,6 +36,11 @@ def wake() -> None:
         importlib.import_module("natten_ops.lowerings").ensure_salt()
 
 
+def direct(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the op from its top: whatever level wants to sees it."""
+    return op(*args, **kwargs)
+
+
 def below_autograd(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call the next kernel with gradients switched on again.
 

@@ -47,20 +47,21 @@ class Settings(NamedTuple):
 
 def check_inputs(inputs: Inputs, params: NAParams, box: Box | None) -> None:
     """Raise ValueError or TypeError unless a kernel can run."""
-    _check_kinds(inputs)
+    named = list(zip(inputs._fields, inputs))
+    check_kinds(named, required=3)
     _check_core(inputs, params, box)
     _check_additional(inputs)
-    _check_rpb(inputs, params)
+    if inputs.rpb is not None:
+        check_table(inputs.rpb, inputs.query.shape[-2], params)
     _check_mask(inputs)
-    check_dtypes(inputs)
+    check_dtypes_of(named)
 
 
-def _named(inputs: Inputs) -> list[tuple[str, Tensor]]:
-    return [(name, tensor) for name, tensor in zip(inputs._fields, inputs) if tensor is not None]
-
-
-def _check_kinds(inputs: Inputs) -> None:
-    for name, tensor in [*zip(inputs._fields[:3], inputs[:3]), *_named(inputs)]:
+def check_kinds(named: Sequence[tuple[str, Any]], required: int) -> None:
+    """Dense tensors on the device of the first; only those after the `required` first may be None."""
+    for position, (name, tensor) in enumerate(named):
+        if tensor is None and position >= required:
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"{name} is {'None' if tensor is None else f'a {type(tensor).__name__}'}; give a torch.Tensor"
@@ -72,26 +73,30 @@ def _check_kinds(inputs: Inputs) -> None:
         if tensor.layout != torch.strided or tensor.is_quantized:
             kind, way = ("quantised", "dequantize") if tensor.is_quantized else (str(tensor.layout), "to_dense")
             raise ValueError(f"{name} is a {kind} tensor; give a dense one: {name}.{way}()")
-        if tensor.device != inputs.query.device:
-            raise ValueError(f"{name} is on {tensor.device}, query on {inputs.query.device}; move them to one device")
+        first, leader = named[0]
+        if tensor.device != leader.device:
+            raise ValueError(f"{name} is on {tensor.device}, {first} on {leader.device}; move them to one device")
 
 
-def check_dtypes(inputs: Inputs) -> None:
+def check_dtypes_of(named: Sequence[tuple[str, Tensor | None]]) -> None:
     """All equal and supported; rpb may be float32 beside 16-bit inputs; key_mask is bool."""
-    dtype = inputs.query.dtype
-    for name, tensor in _named(inputs):
-        if name == "key_mask" or (name == "rpb" and tensor.dtype == torch.float32 and dtype.itemsize == 2):
+    first, leader = named[0]
+    assert leader is not None
+    dtype = leader.dtype
+    for name, tensor in named:
+        wide_table = tensor is not None and tensor.dtype == torch.float32 and dtype.itemsize == 2
+        if tensor is None or name == "key_mask" or (name == "rpb" and wide_table):
             continue
         if tensor.dtype not in ALL_DTYPES:
             raise ValueError(f"{name} has dtype {tensor.dtype}; cast it to one of {DTYPE_NAMES}")
         if tensor.dtype != dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, query {dtype}; cast them to one dtype")
+            raise ValueError(f"{name} has dtype {tensor.dtype}, {first} {dtype}; cast them to one dtype")
 
 
 def _check_core(inputs: Inputs, params: NAParams, box: Box | None) -> None:
     query, key, value = inputs[:3]
     rank = params.rank
-    for name, tensor in _named(inputs)[:3]:
+    for name, tensor in zip(inputs._fields[:3], inputs[:3]):
         if tensor.dim() != rank + 3:
             raise ValueError(
                 f"{name} has shape {_shape(tensor)}; {rank}-D neighborhood attention takes {rank + 3} dims: "
@@ -147,20 +152,19 @@ def _check_additional(inputs: Inputs) -> None:
         return
     tokens = keys.shape[1] if keys.dim() > 1 else 0
     lead = (inputs.key.shape[0], tokens, inputs.key.shape[-2])
-    _expect("additional_keys", keys, (*lead, inputs.key.shape[-1]), "[batch, tokens, heads of key, head dim]")
-    _expect(
+    expect("additional_keys", keys, (*lead, inputs.key.shape[-1]), "[batch, tokens, heads of key, head dim]")
+    expect(
         "additional_values", values, (*lead, inputs.value.shape[-1]), "[batch, tokens, heads of key, head dim of value]"
     )
 
 
-def _check_rpb(inputs: Inputs, params: NAParams) -> None:
-    if inputs.rpb is None:
-        return
+def check_table(rpb: Tensor, heads: Any, params: NAParams) -> None:
+    """Raise ValueError unless the bias table fits that many heads and windows of stride 1."""
     for axis, stride in enumerate(params.stride):
         if stride != 1:
             raise ValueError(f"rpb is defined for stride 1 only, and stride[{axis}]={stride}; drop one of them")
     table = tuple(2 * kernel - 1 for kernel in params.kernel_size)
-    _expect("rpb", inputs.rpb, (inputs.query.shape[-2], *table), "[heads, 2 * kernel_size - 1 an axis]")
+    expect("rpb", rpb, (heads, *table), "[heads, 2 * kernel_size - 1 an axis]")
 
 
 def _check_mask(inputs: Inputs) -> None:
@@ -170,10 +174,11 @@ def _check_mask(inputs: Inputs) -> None:
         raise ValueError(
             f"key_mask has dtype {inputs.key_mask.dtype}; give torch.bool, True where a key may be attended"
         )
-    _expect("key_mask", inputs.key_mask, tuple(inputs.key.shape[:-2]), "[batch, the key's axes]")
+    expect("key_mask", inputs.key_mask, tuple(inputs.key.shape[:-2]), "[batch, the key's axes]")
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[Any, ...], meaning: str) -> None:
+def expect(name: str, tensor: Tensor, shape: tuple[Any, ...], meaning: str) -> None:
+    """Raise ValueError with both shapes unless they are equal."""
     if tensor.dim() != len(shape) or any(have != want for have, want in zip(tensor.shape, shape)):
         raise ValueError(f"{name} has shape {_shape(tensor)}, expected {list(shape)}: {meaning}")
 
@@ -224,7 +229,7 @@ def check_saved(
     for name, tensor, want, kind in (*saved, ("lse", lse, shape, dtype), ("grad_lse", grad_lse, shape, dtype)):
         if tensor is None:
             continue
-        _expect(name, tensor, want, "as in the forward's output")
+        expect(name, tensor, want, "as in the forward's output")
         if tensor.dtype != kind:
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected {kind}; cast it")
         if tensor.device != inputs.query.device:

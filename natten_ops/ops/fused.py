@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from natten_ops import backends, flops, reference
+from natten_ops.ops._batching import fold, sample_by_sample, unfold
 from natten_ops.ops._register import (
     LIBRARY,
     SingleLevelFunction,
     below_autograd,
+    direct,
     no_autocast,
     past_autograd,
     records_derivatives,
@@ -112,11 +114,7 @@ def _split(
     return settings, Inputs(query, key, value, additional_keys, additional_values, rpb, key_mask)
 
 
-def _direct(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return op(*args, **kwargs)
-
-
-def _call_forward(settings: Settings, tensors: Sequence[Any], call: Callable[..., Any] = _direct) -> Any:
+def _call_forward(settings: Settings, tensors: Sequence[Any], call: Callable[..., Any] = direct) -> Any:
     s, i = settings, Inputs(*tensors)
     return call(
         forward_op, *i[:3], *s[:5], i.additional_keys, i.additional_values, rpb=i.rpb, key_mask=i.key_mask,
@@ -140,7 +138,7 @@ def _split_backward(
     return (settings, needed, deterministic), [grad_out, grad_lse, out, lse, *inputs]
 
 
-def _call_backward(settings: _BackwardSettings, tensors: Sequence[Any], call: Callable[..., Any] = _direct) -> Any:
+def _call_backward(settings: _BackwardSettings, tensors: Sequence[Any], call: Callable[..., Any] = direct) -> Any:
     (s, needed, deterministic), i = settings, Inputs(*tensors[4:])
     return call(
         backward_op, *tensors[:4], *i[:3], *s[:5], i.additional_keys, i.additional_values, i.rpb, i.key_mask,
@@ -205,7 +203,7 @@ class _Forward(SingleLevelFunction):
         needed = [wanted[name] for name in GRADIENTS]
         settings = ctx.settings, needed, torch.are_deterministic_algorithms_enabled()
         saved = [grad_out, grad_lse, out, lse, *tensors]
-        call = _direct if records_derivatives(saved) else past_autograd
+        call = direct if records_derivatives(saved) else past_autograd
         gradients = dict(zip(GRADIENTS, _call_backward(settings, saved, call)))
         return None, *(gradients[name] if wanted[name] else None for name in Inputs._fields[:-1]), None
 
@@ -312,51 +310,21 @@ for rank in (1, 2, 3):
 # ---- vmap ----------------------------------------------------------------------------------------------------------
 
 
-def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """The mapped dimension folded into the batch; copies what is not mapped, once a sample."""
-    if tensor is None:
-        return None
-    moved = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return moved.flatten(0, 1)
-
-
-def _unfold(outputs: Sequence[Tensor], query: Tensor, dim: int | None, size: int) -> Any:
-    """The batch of each output split again; a gradient that was not needed has one dim, of size 0."""
-    shape = list(query.shape)
-    if dim is not None:
-        shape.pop(dim)
-    return tuple(t.unflatten(0, (size, shape[0] if t.dim() > 1 else 0)) for t in outputs), (0,) * len(outputs)
-
-
-def _sample_by_sample(call: Any, settings: Any, tensors: Sequence[Any], dims: Sequence[int | None], size: int) -> Any:
-    """The way that is always right: a bias table has no batch dimension into which a mapped one could be folded."""
-
-    def sample(i: int) -> list[Any]:
-        return [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims)]
-
-    if size == 0:  # one call on zeros tells the shapes
-        tensors = [
-            t if dim is None else t.new_zeros([*t.shape[:dim], 1, *t.shape[dim + 1 :]]) for t, dim in zip(tensors, dims)
-        ]
-    results = [call(settings, sample(i)) for i in range(max(size, 1))]
-    return tuple(torch.stack(parts)[:size] for parts in zip(*results)), (0,) * len(results[0])
-
-
 def _vmap_forward(size: int, dims: Sequence[int | None], settings: Settings, tensors: Sequence[Any]) -> Any:
     rpb = Inputs._fields.index("rpb")
     if dims[rpb] is not None:
-        return _sample_by_sample(_call_forward, settings, tensors, dims, size)
-    folded = [t if i == rpb else _fold(t, dim, size) for i, (t, dim) in enumerate(zip(tensors, dims))]
-    return _unfold(_call_forward(settings, folded), tensors[0], dims[0], size)
+        return sample_by_sample(_call_forward, settings, tensors, dims, size)
+    folded = [t if i == rpb else fold(t, dim, size) for i, (t, dim) in enumerate(zip(tensors, dims))]
+    return unfold(_call_forward(settings, folded), tensors[0], dims[0], size)
 
 
 def _vmap_backward(size: int, dims: Sequence[int | None], settings: _BackwardSettings, tensors: Sequence[Any]) -> Any:
     rpb = 4 + Inputs._fields.index("rpb")
     if tensors[rpb] is not None and (dims[rpb] is not None or settings[1][GRADIENTS.index("rpb")]):
         # The table's gradient sums over the batch: folding would mix the samples.
-        return _sample_by_sample(_call_backward, settings, tensors, dims, size)
-    folded = [t if i == rpb else _fold(t, dim, size) for i, (t, dim) in enumerate(zip(tensors, dims))]
-    return _unfold(_call_backward(settings, folded), tensors[4], dims[4], size)
+        return sample_by_sample(_call_backward, settings, tensors, dims, size)
+    folded = [t if i == rpb else fold(t, dim, size) for i, (t, dim) in enumerate(zip(tensors, dims))]
+    return unfold(_call_backward(settings, folded), tensors[4], dims[4], size)
 
 
 register_vmap(FORWARD, _split, _call_forward, _vmap_forward)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The counter where users are served: arguments normalised and checked, then one op called.
+"""Fused attention and merging: arguments normalised and checked, then one op called.
 
 `na1d`, `na2d` and `na3d` are one body behind three front doors. Every mistake of a user is a ValueError or TypeError
 from here that names the argument, its value, the bound and the way out.
@@ -14,13 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from natten_ops import backends, ops, reference  # noqa: F401  (ops registers the rules)
+from natten_ops import backends, reference
 from natten_ops.geometry.block_masks import block_mask
 from natten_ops.geometry.masks import score_mod
 from natten_ops.geometry.params import Box, NAParams, make_box, make_params
 from natten_ops.ops._register import AUTOCAST_KEYS, no_autocast
-from natten_ops.ops.arguments import autocast_inputs, check_inputs
-from natten_ops.ops.arguments import checked_scale as checked_scale  # nn takes it from here
+from natten_ops.ops.arguments import autocast_inputs, check_inputs, checked_scale
 from natten_ops.reference import Inputs
 
 _log = logging.getLogger("natten_ops")
@@ -269,16 +268,15 @@ def _backend_number(
 ) -> int | None:
     """The op's backend id: 0 where the kernels choose, None for the reference and flex, which are no kernels."""
     problem = backends.Problem(inputs.query.device.type, inputs.query.dtype)
-    real = problem.device != "meta" and not isinstance(inputs.query, torch._subclasses.FakeTensor)
-    compiling = torch.compiler.is_compiling()
+    here, compiling = backends.runs_here(inputs.query), torch.compiler.is_compiling()
     if name is not None:
-        if real and not compiling:  # compiled code learns it when it runs: the kernel raises for the same facts
+        if here and not compiling:  # compiled code learns it when it runs: the kernel raises for the same facts
             problem = backends.describe(inputs, params, box, scale)
         gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         problem = problem._replace(gradients=gradients, lse=return_lse)
         problem = problem._replace(additional=inputs.additional_keys is not None, sub_box=box is not None)
         return backends.require(name, problem).id
-    if real or (compiling and not torch.compiler.is_exporting()):  # compiling for this process, not for another one
+    if here:
         backends.choose(problem)
         if not compiling and _log.isEnabledFor(logging.DEBUG):  # a logger's call would break the graph
             chosen = backends.choose(backends.describe(inputs, params, box, scale))

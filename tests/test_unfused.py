@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: MIT
+"""The unfused ops: numbers against the reference and against fused attention, every rule, every derivative."""
+
+import functools
+import math
+
+import pytest
+import torch
+from dense import worst
+from halves import av, finite, halved, in_double, make, ops, present, qk, replaced
+from hypothesis import given, settings
+from samples import DTYPES, EMPTY, NAMED, Problem, problems
+from torch._subclasses import FakeTensorMode
+from torch.library import opcheck
+
+import natten_ops
+from natten_ops import reference
+
+ALL = {**NAMED, **EMPTY}
+SMALL = {
+    "biased": Problem((4, 3), (2, 2), dilation=(2, 1), is_causal=(False, True), head_dim=2, rpb=True, additional=2),
+    "strided": Problem((5,), (3,), stride=(2,), is_causal=(True,), batch=1, head_dim=2),
+    "volume": Problem((2, 3, 2), (2, 2, 1), is_causal=(True, False, False), batch=1, heads=1, head_dim=2),
+}
+
+
+def both(halves, problem, module):
+    """Logits with zeros for what is not seen, and sums."""
+    return finite(qk(halves, problem, module)), av(halves, problem, module)
+
+
+def gradients(halves, problem, module):
+    """Of a random projection of both outputs by every tensor."""
+    leaves = [t.detach().requires_grad_() for t in present(halves)]
+    total = 0
+    for output in both(replaced(halves, leaves), problem, module):
+        projection = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        total = total + (output.double() * projection).sum()
+    return torch.autograd.grad(total, leaves)
+
+
+def tolerance(dtype, expected):
+    """Sums in float32 (float64) and one rounding to the dtype."""
+    scale = max(expected.abs().max().item(), 1.0) if expected.numel() else 1.0
+    return scale * {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
+
+
+def assert_right(problem, dtype):
+    problem = halved(problem)
+    halves = make(problem, dtype)
+    exact = in_double(halves)
+    hidden = qk(exact, problem, reference) == -math.inf
+    assert torch.equal(qk(halves, problem) == -math.inf, hidden)
+    for have, want in zip(both(halves, problem, ops), both(exact, problem, reference)):
+        assert have.dtype == dtype and have.is_contiguous()
+        assert worst(have, want) <= tolerance(dtype, want)
+    for have, want in zip(gradients(halves, problem, ops), gradients(exact, problem, reference)):
+        assert have.dtype == dtype and have.shape == want.shape
+        assert worst(have, want) <= tolerance(dtype, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ALL)
+def test_named_problems(name, dtype):
+    assert_right(ALL[name], dtype)
+
+
+@given(problem=problems())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_any_problem(problem):
+    for dtype in (torch.float64, torch.float32):
+        assert_right(problem, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_problems(dtype):
+    @given(problem=problems())
+    @settings(max_examples=1500, deadline=None, derandomize=True)
+    def check(problem):
+        assert_right(problem, dtype)
+
+    check()
+
+
+@pytest.mark.parametrize("size", [(70, 5), (3, 130), (200,), (40, 40)])
+def test_sizes_of_several_tiles(size):
+    """More than one strip, chunk and range of rows; axes that are turned."""
+    for causal in (False, True):
+        kernel = tuple(min(n, 5) for n in size)
+        causals = (causal,) * len(size)
+        assert_right(Problem(size, kernel, is_causal=causals, rpb=True, additional=20, head_dim=18), torch.float32)
+        assert_right(Problem(size, kernel, stride=tuple(k - 1 for k in kernel), head_dim=4), torch.float32)
+
+
+@pytest.mark.parametrize("name", [n for n, p in NAMED.items() if not p.mask and p.box is None and p.group == 1])
+def test_halves_make_the_fused_attention(name):
+    problem = halved(NAMED[name])
+    halves = make(problem)
+    scaled = halves._replace(query=halves.query * problem.head_dim**-0.5)
+    weights = qk(scaled, problem).softmax(-1)
+    have = av(halves._replace(attn=weights), problem)
+    want = reference.forward(problem.make(), *problem.geometry(), None)[0]
+    torch.testing.assert_close(have.movedim(1, -2), want)
+
+
+def test_slots_are_row_major_and_additional_tokens_last():
+    """By hand: the middle query of a 3x3 grid sees it whole; keys are their own numbers."""
+    key = torch.arange(9.0).view(1, 1, 3, 3, 1)
+    extra = torch.tensor([100.0, 200.0]).view(1, 1, 2, 1)
+    attn = natten_ops.na2d_qk(torch.ones_like(key), key, kernel_size=3, additional_keys=extra)
+    assert attn[0, 0, 1, 1].tolist() == [*range(9), 100, 200]
+    causal = natten_ops.na2d_qk(torch.ones_like(key), key, kernel_size=2, is_causal=(True, False))
+    assert causal[0, 0, 0, 2].tolist() == [1, 2, -math.inf, -math.inf]
+
+
+def test_what_is_not_seen_takes_part_in_nothing():
+    """NaN in a slot of the weights that a causal query does not see reaches nobody; nor does its gradient."""
+    problem = Problem((5, 6), (3, 2), is_causal=(True, True), additional=1)
+    halves = make(problem)
+    hidden = qk(halves, problem) == -math.inf
+    poisoned = halves._replace(attn=halves.attn.masked_fill(hidden, math.nan))
+    assert torch.equal(av(poisoned, problem), av(halves, problem))
+    clean = [g for g in ops.na_qk_backward(halves.attn, *halves[:2], *problem.lists(), None, halves[5], [True] * 4)]
+    dirty = [g for g in ops.na_qk_backward(poisoned.attn, *halves[:2], *problem.lists(), None, halves[5], [True] * 4)]
+    for have, want in zip(dirty, clean):
+        assert torch.equal(have, want)
+    of_attn = ops.na_av_backward(halves.value, *poisoned[2:4], *problem.lists(), halves[6], [True] * 3)[0]
+    assert (of_attn[hidden] == 0).all()
+
+
+def test_results_do_not_depend_on_threads():
+    problem = Problem((30, 31), (5, 5), rpb=True, additional=3, head_dim=16)
+    halves, results = make(problem, torch.float32), []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append([*both(halves, problem, ops), *gradients(halves, problem, ops)])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        for have, want in zip(other, results[0]):
+            assert torch.equal(have, want)
+
+
+# ---- rules ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_opcheck(name):
+    problem = halved(ALL[name])
+    halves = make(problem, torch.float32)
+    lists = problem.lists()
+    query, key, attn, value, rpb, keys, values = (None if t is None else t.requires_grad_() for t in halves)
+    opcheck(ops.na_qk.default, (query, key, *lists), {"rpb": rpb, "additional_keys": keys})
+    opcheck(ops.na_av.default, (attn, value, *lists), {"additional_values": values})
+    opcheck(ops.na_qk_backward.default, (attn.detach(), query, key, *lists, rpb, keys, [True, True, False, True]))
+    opcheck(ops.na_av_backward.default, (query.detach(), attn, value, *lists, values, [False, True, True]))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_fake_kernels_tell_shapes_dtypes_and_strides(name):
+    problem = halved(ALL[name])
+    for dtype in DTYPES:
+        halves = make(problem, dtype)
+        with FakeTensorMode() as mode:
+            fake = replaced(halves, [mode.from_tensor(t) for t in present(halves)])
+            told = qk(fake, problem), av(fake, problem)
+        for have, want in zip(told, (qk(halves, problem), av(halves, problem))):
+            assert (have.shape, have.dtype, have.stride()) == (want.shape, want.dtype, want.stride())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_all_but_the_bias_table(dtype):
+    problem = NAMED["everything"]
+    halves = make(problem, torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        have = natten_ops.na2d_qk(*halves[:2], *problem.lists(), additional_keys=halves.additional_keys, rpb=halves.rpb)
+        out = natten_ops.na2d_av(halves.attn.to(dtype), halves.value, *problem.lists(), halves.additional_values)
+    cast = replaced(halves, [t.to(dtype) for t in present(halves)])
+    assert have.dtype == out.dtype == dtype
+    assert torch.equal(have, qk(cast._replace(rpb=halves.rpb), halved(problem)))
+    assert torch.equal(out, av(cast, halved(problem)))
+
+
+# ---- derivatives ---------------------------------------------------------------------------------------------------
+
+
+def attention(halves, problem, module):
+    """One number from the whole chain, nonlinear in everything."""
+    weights = qk(halves, problem, module).softmax(-1) * (1 + halves.attn.sin())
+    return av(halves._replace(attn=weights), problem, module).sin().sum()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradcheck_of_both_orders_and_forward_mode(name):
+    problem = SMALL[name]
+    halves = make(problem)
+    leaves = [t.clone().requires_grad_() for t in present(halves)]
+
+    def outputs(*tensors):
+        return both(replaced(halves, tensors), problem, ops)
+
+    torch.autograd.gradcheck(outputs, leaves, check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradgradcheck(
+        lambda *t: attention(replaced(halves, t), problem, ops), leaves, check_fwd_over_rev=True
+    )
+
+
+def test_third_derivatives():
+    problem, results = SMALL["biased"], []
+    halves = make(problem)
+    for module in (ops, reference):
+        leaves = [t.clone().requires_grad_() for t in present(halves)]
+        value = attention(replaced(halves, leaves), problem, module)
+        for _ in range(3):
+            slopes = torch.autograd.grad(value, leaves, create_graph=True)
+            value = sum(slope.sin().sum() for slope in slopes)
+        results.append(slopes)
+    for have, want in zip(*results):
+        torch.testing.assert_close(have, want)
+
+
+TRANSFORMS = {
+    "grad(grad)": lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).sin().sum()),
+    "jvp(grad)": lambda f: lambda x: torch.func.jvp(torch.func.grad(f), (x,), (x.cos(),))[1],
+    "grad(jvp)": lambda f: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (x.cos(),))[1]),
+    "jacfwd": lambda f: torch.func.jacfwd(f),
+    "hessian": lambda f: torch.func.hessian(f),
+    "vmap(grad)": lambda f: lambda x: torch.vmap(torch.func.grad(f))(torch.stack([x, x.sin()])),
+    "grad(vmap)": lambda f: torch.func.grad(lambda x: torch.vmap(f)(torch.stack([x, x.sin()])).sum()),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_each_tensor_in_turn(transform):
+    problem = SMALL["biased"]
+    halves = make(problem)
+    tensors = present(halves)
+    for i, tensor in enumerate(tensors):
+
+        def scalar(module, x, i=i):
+            return attention(replaced(halves, [*tensors[:i], x, *tensors[i + 1 :]]), problem, module)
+
+        have, want = (TRANSFORMS[transform](functools.partial(scalar, m))(tensor) for m in (ops, reference))
+        torch.testing.assert_close(have, want)
+
+
+def test_vmap_of_every_combination_of_mapped_tensors():
+    problem = SMALL["biased"]
+    halves = make(problem)
+    for chosen in ((0, 1, 4), (0, 4, 5), (1, 2), (3, 6), (2, 6), (4,)):
+        stacked = [torch.stack([t, t.flip(0)], dim=1) if i in chosen else t for i, t in enumerate(halves)]
+        in_dims = tuple(1 if i in chosen else None for i in range(len(halves)))
+        have = torch.vmap(lambda *t: both(replaced(halves, t), problem, ops), in_dims=in_dims)(*stacked)
+        for n in range(2):
+            single = [t.select(1, n) if i in chosen else t for i, t in enumerate(stacked)]
+            for batched, want in zip(have, both(replaced(halves, single), problem, ops)):
+                torch.testing.assert_close(batched[n], want.expand_as(batched[n]))
+
+
+def test_compiled_with_dynamic_sizes_and_gradients():
+    """One graph for all sizes, no break."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(query, key, value):
+        weights = natten_ops.na2d_qk(query, key, kernel_size=3, dilation=2).softmax(-1)
+        return natten_ops.na2d_av(weights, value, kernel_size=3, dilation=2)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for size in ((6, 7), (9, 8), (12, 10)):
+        tensors = [t.requires_grad_() for t in torch.randn(3, 2, 2, *size, 4).unbind(0)]
+        results = [(f(*tensors), torch.autograd.grad(f(*tensors).sin().sum(), tensors)) for f in (compiled, step)]
+        torch.testing.assert_close(*results)
+    assert counter.frame_count == 1
+
+
+def test_windows_that_exceed_the_scratch_of_fused_tiles():
+    """A window of the whole line: plain matrix products."""
+    query, key, value, other = torch.randn(4, 1, 1, 2000, 512).unbind(0)
+    lists = Problem((2000,), (2000,)).lists()
+    weights = ops.na_qk(query, key, *lists) / 2000
+    torch.testing.assert_close(weights, query @ key.mT / 2000)
+    torch.testing.assert_close(ops.na_av(weights, value, *lists), weights @ value)
+    of_query, of_key, *_ = ops.na_qk_backward(weights, query, key, *lists, None, None, [True] * 4)
+    torch.testing.assert_close(of_query, weights @ key)
+    torch.testing.assert_close(of_key, weights.mT @ query)
+    of_attn, of_value, _ = ops.na_av_backward(other, weights, value, *lists, None, [True] * 3)
+    torch.testing.assert_close(of_attn, other @ value.mT, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(of_value, weights.mT @ other)
