@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The compiler's workshop (installed as natten_ops.lowerings), imported only while something compiles.
 
-`fused.py` decides how the fused op is lowered, `template.py` writes its kernel around the engine (`engine.py`), and
-`_compat.py` knows the versions of torch. The room also salts Inductor's caches: a graph that was compiled by another
-version of these rules, or around another engine, must not be taken from a cache.
+`fused.py` decides how the fused op is lowered, `unfused.py` how the unfused ones are, `template.py` writes the kernel
+around the engine (`engine.py`), and `_compat.py` knows the versions of torch. The room also salts Inductor's caches: a
+graph that was compiled by another version of these rules, or around another engine, must not be taken from a cache.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ def salt() -> str:
 if __name__ != "natten_ops.lowerings":
     raise ImportError("import natten_ops.lowerings, not a bare `lowerings`: its rules would be registered twice")
 
-from natten_ops.lowerings import engine, fused, rotary  # noqa: E402  (not before the check above)
+from natten_ops.lowerings import engine, fused, rotary, unfused  # noqa: E402  (not before the check above)
 
 SALT = salt()
 fused.register()
 rotary.register()
+unfused.register()
 
 
 def ensure_salt() -> None:

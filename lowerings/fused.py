@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.pattern_matcher import fwd_only
 from torch._inductor.virtualized import ops
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -159,6 +160,18 @@ def _producer(query: Any, size: Sequence[Any]) -> Any:
 def _is_used(output: int) -> bool:
     users = V.graph.current_node.users
     return any(user.target is not operator.getitem or user.args[1] == output for user in users)
+
+
+def replace_node(node: Any, function: Callable[..., Any], arguments: list[Any]) -> Any:
+    """In the graph, `function` of `arguments` (nodes) instead of a node; returns its result's."""
+    with V.fake_mode:
+        traced = fwd_only(function, [argument.meta["val"] for argument in arguments])
+    places: Any = traced.graph.find_nodes(op="placeholder")
+    with node.graph.inserting_before(node):
+        result = node.graph.graph_copy(traced.graph, dict(zip(places, arguments)))
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+    return result
 
 
 def register() -> None:

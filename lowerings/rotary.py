@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch._inductor.fx_passes import post_grad
-from torch._inductor.pattern_matcher import CallFunctionVarArgs, Match, fwd_only, register_graph_pattern
+from torch._inductor.pattern_matcher import CallFunctionVarArgs, Match, register_graph_pattern
 
-from natten_ops.lowerings._compat import V
-from natten_ops.lowerings.fused import FORWARD
+from natten_ops.lowerings.fused import FORWARD, replace_node
 
 _ATEN = torch.ops.aten
 _MOST_STEPS = 32  # from the attention back
@@ -82,13 +81,4 @@ def register() -> None:
         for node in list(_sources(attention.args[:3])):
             found = rewriting(node)  # looked up anew: bench.compiled takes it away
             if found is not None:
-                _replace(node, *found)
-
-
-def _replace(node: Any, function: Callable[..., Any], arguments: list[Any]) -> None:
-    with V.fake_mode:
-        traced = fwd_only(function, [argument.meta["val"] for argument in arguments])
-    places: Any = traced.graph.find_nodes(op="placeholder")
-    with node.graph.inserting_before(node):
-        node.replace_all_uses_with(node.graph.graph_copy(traced.graph, dict(zip(places, arguments))))
-    node.graph.erase_node(node)
+                replace_node(node, *found)

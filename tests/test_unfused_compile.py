@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""What the compiler makes of the two halves: the fused kernel where it may, else two calls and one kernel between them."""
+
+import pytest
+import torch
+from compiling import compile_and_compare, found, fresh_compiler, skeleton  # noqa: F401 (a fixture)
+from expecttest import assert_expected_inline
+
+import natten_ops
+
+HEADS, DIM = 4, 16
+SETTINGS = {"kernel_size": (3, 5), "dilation": (2, 1), "is_causal": (False, True)}
+SLOTS = 15
+
+
+def tokens(rows=9, columns=12, dtype=torch.float32):
+    """Query, key and value, heads first."""
+    return torch.randn(3, 2, HEADS, rows, columns, DIM, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
+
+
+def weights_of(query, key, **more):
+    return natten_ops.na2d_qk(query * DIM**-0.5, key, **SETTINGS, **more).softmax(-1)
+
+
+def stores_weights(source):
+    """Whether some tensor of the program has a slot for each key of a window."""
+    return any(f", {SLOTS}]" in line or f", {SLOTS + 2}]" in line for line in skeleton(source).splitlines())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_softmax_between_the_halves_is_the_fused_op(dtype):
+    """From a packed projection, as models have it: dropout of inference is nothing, and no weight is in memory."""
+    table = torch.randn(HEADS, 5, 9).to(dtype)
+
+    def block(x, table):
+        query, key, value = x.unflatten(-1, (3, HEADS, DIM)).permute(3, 0, 4, 1, 2, 5)
+        weights = torch.nn.functional.dropout(weights_of(query, key, rpb=table), 0.1, training=False)
+        out = natten_ops.na2d_av(weights, value, **SETTINGS)
+        return out.permute(0, 2, 3, 1, 4).flatten(-2) * 2 + 1
+
+    x = torch.randn(2, 9, 12, 3 * HEADS * DIM, dtype=dtype)
+    (source,) = compile_and_compare(block, x, table, tolerance=1e-4 if dtype == torch.float32 else 6e-2)
+    assert found()[0] == 1 and not stores_weights(source)
+    if dtype == torch.float32:
+        assert_expected_inline(
+            skeleton(source),
+            """\
+new float32 [2, 9, 12, 64]
+attention and its neighbours""",
+        )
+
+
+def test_additional_tokens_go_along():
+    query, key, value = tokens()
+    extra = torch.randn(2, 2, HEADS, 2, DIM)
+
+    def step(query, key, value, extra):
+        weights = weights_of(query, key, additional_keys=extra[0])
+        return natten_ops.na2d_av(weights, value, **SETTINGS, additional_values=extra[1])
+
+    (source,) = compile_and_compare(step, query, key, value, extra)
+    assert found()[0] == 1 and not stores_weights(source)
+
+
+def returned(query, key, value):
+    weights = weights_of(query, key)
+    return natten_ops.na2d_av(weights, value, **SETTINGS), weights
+
+
+def other_windows(query, key, value):
+    return natten_ops.na2d_av(weights_of(query, key), value, kernel_size=(5, 3))
+
+
+def biased(query, key, value):
+    logits = natten_ops.na2d_qk(query, key, **SETTINGS)
+    return natten_ops.na2d_av((logits * 0.2 + torch.arange(SLOTS)).softmax(-1), value, **SETTINGS)
+
+
+def other_dim(query, key, value):
+    logits = natten_ops.na2d_qk(query, key, kernel_size=3)
+    return natten_ops.na2d_av(logits.softmax(-2), value, kernel_size=3)
+
+
+def logits_too(query, key, value):
+    logits = natten_ops.na2d_qk(query, key, **SETTINGS)
+    return natten_ops.na2d_av(logits.softmax(-1), value, **SETTINGS), logits.amax(-1)
+
+
+@pytest.mark.parametrize("step", [returned, other_windows, biased, other_dim, logits_too], ids=lambda f: f.__name__)
+def test_whatever_else_lies_between_stays(step):
+    """The right numbers, by two calls."""
+    (source,) = compile_and_compare(step, *tokens())
+    assert found()[0] == 0
+    assert "call na_qk" in skeleton(source) and "call na_av" in skeleton(source)
+
+
+def test_what_lies_between_two_calls_is_one_kernel():
+    """Casts, a bias, the softmax and dropout: the logits are read and the weights written, once."""
+
+    def step(query, key, value, bias):
+        logits = natten_ops.na2d_qk(query, key, **SETTINGS).float() * DIM**-0.5 + bias
+        weights = torch.nn.functional.dropout(logits.softmax(-1), 0.5, training=True).to(query.dtype)
+        return natten_ops.na2d_av(weights, value, **SETTINGS)
+
+    query, key, value = tokens(dtype=torch.bfloat16)
+    with torch.no_grad():
+        from torch._inductor.utils import run_and_get_code
+
+        _, (source,) = run_and_get_code(torch.compile(step, fullgraph=True), query, key, value, torch.randn(SLOTS))
+    assert_expected_inline(
+        "\n".join(line for line in skeleton(source).splitlines() if "int64" not in line),
+        """\
+call na_qk
+new float32 [2, 4, 9, 12, 1]
+new float32 [2, 4, 9, 12, 1]
+new bfloat16 [2, 4, 9, 12, 15]
+kernel
+call na_av""",
+    )
+
+
+def test_training_keeps_the_weights_and_nothing_else_of_their_size():
+    """Saved for the backward: query, key, value, and the weights."""
+    leaves = [t.requires_grad_() for t in tokens()]
+
+    def step(query, key, value):
+        return natten_ops.na2d_av(weights_of(query, key), value, **SETTINGS)
+
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.shape), t)[1], lambda t: t):
+        out = torch.compile(step, fullgraph=True)(*leaves)
+    assert [shape[-1] for shape in saved].count(SLOTS) == 1
+    gradients = torch.autograd.grad(out.sin().sum(), leaves)
+    for have, want in zip(gradients, torch.autograd.grad(step(*leaves).sin().sum(), leaves)):
+        torch.testing.assert_close(have, want, atol=1e-4, rtol=1e-4)
+
+
+def test_views_of_a_projection_are_read_in_place():
+    def step(x):
+        query, key, value = x.unflatten(-1, (3, HEADS, DIM)).permute(3, 0, 4, 1, 2, 5)
+        weights = natten_ops.na2d_qk(query, key, **SETTINGS).sigmoid()
+        return natten_ops.na2d_av(weights, value, **SETTINGS)
+
+    (source,) = compile_and_compare(step, torch.randn(2, 9, 12, 3 * HEADS * DIM))
+    assert_expected_inline(
+        skeleton(source),
+        """\
+call na_qk
+kernel
+call na_av""",
+    )
+
+
+def test_sizes_may_change():
+    """One graph; the fused kernel in it takes every size."""
+
+    def step(query, key, value):
+        return natten_ops.na2d_av(weights_of(query, key), value, **SETTINGS)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size in ((9, 12), (6, 5), (13, 20)):
+            torch.testing.assert_close(compiled(*tokens(*size)), step(*tokens(*size)), atol=1e-5, rtol=1e-4)
+    assert found()[0] == 1
