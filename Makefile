@@ -3,6 +3,7 @@
 # make test      build, check the style, then run the tests
 # make build     install this folder (editable); again after a change of C++ or of this folder's list of files
 # make test-torch TORCH=torch==2.15.0   the same wheel under another torch, in an environment of its own (TORCH_ENV)
+# make test-integrations   models of other libraries that import natten, unmodified, in environments of their own
 # make lint | test-slow | bench | asan | wheel | clean
 #
 # All set everything up: in the active virtual environment if it has torch >= 2.11, else in .venv, which sees the
@@ -46,6 +47,15 @@ test-torch: $(ready)
 	"$(TORCH_ENV)/bin/python" -m pip --no-input install -q --no-deps --force-reinstall build/wheel/*.whl
 	cd tests && "$(abspath $(TORCH_ENV))/bin/pytest" -q -p no:cacheprovider $(addprefix --ignore=test_,$(addsuffix .py,bench demo layout packaging portable)) $(TESTS)
 
+# An environment for each version of transformers; it sees what the building environment has installed.
+TRANSFORMERS ?= 4.57.6 4.53.3
+test-integrations: build
+	for version in $(TRANSFORMERS); do env=.venv-transformers-$$version; \
+	test -d $$env || { $(PYTHON) -m venv $$env && $(PY) -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+	> $$env/lib/$$($(PY) -c "import sys; print('python%d.%d' % sys.version_info[:2])")/site-packages/building.pth && \
+	$$env/bin/python -m pip --no-input install -q $(PIP_ARGS) transformers==$$version; } && \
+	$$env/bin/python -m pytest -q -m integrations tests/test_integrations.py || exit 1; done
+
 lint: $(ready)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -67,7 +77,7 @@ asan: $(ready)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" $(abspath $(PY)) -c \
 	"import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Redirecting' not in type(f).__name__]; \
 	import natten_ops, pytest; assert '.asan' in natten_ops.library_path(); \
-	sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'test_ops.py', 'test_tiles.py', '-k', 'not instruction_set and not no_memory']))"
+	sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'test_ops.py', 'test_tiles.py', 'test_unfused.py', 'test_nested.py', '-k', 'not instruction_set and not no_memory']))"
 
 # Fails if the library needs other libraries than torch's and the system's, or more of torch than its stable ABI.
 wheel: $(ready)
@@ -90,4 +100,4 @@ $(ready): pyproject.toml Makefile
 clean:
 	rm -rf build dist demo_out .asan .venv .venv-*
 
-.PHONY: demo test test-torch test-slow lint bench build asan wheel clean
+.PHONY: demo test test-torch test-slow test-integrations lint bench build asan wheel clean

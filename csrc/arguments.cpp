@@ -173,6 +173,14 @@ Rows rows_of(const Tensor& tensor, bool has_batch, int64_t spatial, bool has_hea
   return rows;
 }
 
+bool takes_tiled(const Problem& p, cpu::Dtype dtype, int64_t backend) {
+  if (backend == kCpuGeneral) return false;
+  const bool able = p.head_dim > 0 && p.value_dim > 0 && p.scale > 0 && cpu::tiled_scratch_bytes(p, dtype) <= kMaxTiledBytes;
+  STD_TORCH_CHECK(able || backend != kCpuTiled, "natten: backend=2 (cpu-tiled) cannot run this problem: it takes positive scales, "
+                  "head dims above 0, and tiles of at most ", kMaxTiledBytes, " bytes; use 0 (choose) or 1 (cpu-general)");
+  return able;
+}
+
 Rows heads_first_rows(const Tensor& tensor, int64_t spatial) {
   Rows rows;
   rows.data = tensor.data_ptr();

@@ -15,6 +15,9 @@ struct Windows {
   const Flags& is_causal;
 };
 
+// The order of `needed` and of the gradients of the fused op's backward.
+enum Gradient { kQuery, kKey, kValue, kRpb, kAdditionalKeys, kAdditionalValues, kGradients };
+
 struct Arguments {
   const Tensor &query, &key, &value;
   const Integers &kernel_size, &stride, &dilation;
@@ -50,6 +53,9 @@ void check(const Arguments& arguments);
 // Axis `axis` of `rank`, of `length` tokens in the whole grid.
 void set_axis(Problem& problem, const Windows& windows, int64_t axis, int64_t rank, int64_t length);
 void set_rpb(Problem& problem, const Tensor& rpb, int64_t rank);
+
+// True if the tiled kernels run the problem; raises where the backend that was named cannot.
+bool takes_tiled(const Problem& problem, cpu::Dtype dtype, int64_t backend);
 
 // The problem of checked arguments; outputs and gradients are still to be set.
 Problem make_problem(const Arguments& arguments);

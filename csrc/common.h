@@ -82,6 +82,21 @@ inline void run_colours(const cpu::TiledBackwardKernels& kernels, const Problem&
   if (in_parts) run_parts(kernels.reduce, p, 1, 0, 1);
 }
 
+// The backward of the general path.
+inline void run_general(const cpu::BackwardKernels& kernels, const Problem& p) {
+  const int64_t scratch = kernels.scratch_bytes(p), queries = kernels.query_items(p);
+  const double work = work_of(p);
+  if (p.grad_rpb.data) {
+    run_parts(kernels.query, p, queries, scratch, kParts);
+    run_parts(kernels.reduce_rpb, p, p.heads, scratch, 1);
+  } else {
+    run(kernels.query, p, queries, scratch, 2 * work);
+  }
+  if (p.grad_key.data || p.grad_value.data) run(kernels.key, p, kernels.key_items(p), scratch, 2 * work);
+  if (p.grad_additional_keys.data || p.grad_additional_values.data)
+    run(kernels.additional, p, p.batch * p.additional, scratch, 2 * work);
+}
+
 // Zeros that the gradients of keys (or values) are added to: the gradient itself where it has the type of sums and rows
 // of whole vectors, else a padded copy, which the last pass rounds. `view` makes rows of a tensor.
 template <class View> Tensor make_sums(Tensor& gradient, const Rows& rows, Rows& sums, const View& view) {

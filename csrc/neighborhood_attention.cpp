@@ -11,14 +11,6 @@ void check_backend(int64_t backend) {
                   " cannot run on CPU tensors; use 0 (choose), 1 (cpu-general) or 2 (cpu-tiled)");
 }
 
-bool takes_tiled(const Problem& p, cpu::Dtype dtype, int64_t backend) {
-  if (backend == kCpuGeneral) return false;
-  const bool able = p.head_dim > 0 && p.value_dim > 0 && p.scale > 0 && cpu::tiled_scratch_bytes(p, dtype) <= kMaxTiledBytes;
-  STD_TORCH_CHECK(able || backend != kCpuTiled, "natten: backend=2 (cpu-tiled) cannot run this problem: it takes positive scales, "
-                  "head dims above 0, and tiles of at most ", kMaxTiledBytes, " bytes; use 0 (choose) or 1 (cpu-general)");
-  return able;
-}
-
 std::tuple<Tensor, Tensor> forward_cpu(
     const Tensor& query, const Tensor& key, const Tensor& value, Integers kernel_size, Integers stride, Integers dilation,
     Flags is_causal, std::optional<double> scale, OptionalTensor additional_keys, OptionalTensor additional_values,
@@ -66,8 +58,6 @@ Tensor forward_with_tiling(const Tensor& query, const Tensor& key, const Tensor&
   return out;
 }
 
-enum Gradient { kQuery, kKey, kValue, kRpb, kAdditionalKeys, kAdditionalValues, kGradients };
-
 // The gradients that are wanted and exist, zero-filled where no kernel will write; size 0 for the others.
 std::vector<Tensor> make_gradients(const Arguments& a, const Flags& needed, Problem& p) {
   const Tensor* inputs[kGradients] = {&a.query, &a.key, &a.value, a.rpb ? &*a.rpb : nullptr,
@@ -88,20 +78,6 @@ std::vector<Tensor> make_gradients(const Arguments& a, const Flags& needed, Prob
     if (p.batch == 0 || p.heads == 0) torch::stable::zero_(gradient);
   }
   return gradients;
-}
-
-void run_general(const cpu::BackwardKernels& kernels, const Problem& p) {
-  const int64_t scratch = kernels.scratch_bytes(p), queries = kernels.query_items(p);
-  const double work = work_of(p);
-  if (p.grad_rpb.data) {
-    run_parts(kernels.query, p, queries, scratch, kParts);
-    run_parts(kernels.reduce_rpb, p, p.heads, scratch, 1);
-  } else {
-    run(kernels.query, p, queries, scratch, 2 * work);
-  }
-  if (p.grad_key.data || p.grad_value.data) run(kernels.key, p, kernels.key_items(p), scratch, 2 * work);
-  if (p.grad_additional_keys.data || p.grad_additional_values.data)
-    run(kernels.additional, p, p.batch * p.additional, scratch, 2 * work);
 }
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -16,6 +16,7 @@ CUDA_LIBRARY = "libnatten_ops_cuda.so"
 # An op of ours that somebody else has defined would be defined twice, which ends the process.
 OWN_OPS = (
     "na1d", "na2d", "na3d", "neighborhood_attention_lse", "neighborhood_attention_lse_backward", "merge_attentions",
+    "neighborhood_attention_jagged", "neighborhood_attention_jagged_backward",
     "na_qk", "na_av", "na_qk_backward", "na_av_backward",
     "_windows", "_cpu_vector_bytes", "_cpu_scratch_bytes", "_cpu_tiled_scratch_bytes",
     "_cpu_tiled_forward",

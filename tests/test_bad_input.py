@@ -93,7 +93,6 @@ PYTHON_ONLY = {
     "query array": {"query": np.ones((1, 6, 8, 4, 8))},
 }
 DENSE = "tensor; give a dense one"
-NESTED = "query is a nested tensor, which this version does not take; pad to one size and use key_mask"
 LAYOUTS = {
     "coo": (lambda: {"query": TOKENS.to_sparse()}, f"query is a torch.sparse_coo {DENSE}"),
     "coo mask": (lambda: {"key_mask": ones(1, 6, 8).bool().to_sparse()}, f"key_mask is a torch.sparse_coo {DENSE}"),
@@ -102,13 +101,7 @@ LAYOUTS = {
         lambda: {"value": torch.quantize_per_tensor(TOKENS, 0.1, 0, torch.qint8)},
         f"value is a quantised {DENSE}",
     ),
-    "nested": (lambda: all_of(change=lambda t: nested(t, torch.strided)), NESTED),
-    "jagged": (lambda: all_of(change=lambda t: nested(t, torch.jagged)), NESTED),
 }
-
-
-def nested(tokens, layout):
-    return torch.nested.nested_tensor([tokens[0], tokens[0, :5]], layout=layout)
 
 
 def public(**changes):

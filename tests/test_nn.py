@@ -95,3 +95,46 @@ def test_modules_are_picklable_and_deepcopyable(rank):
     x = torch.randn(1, *(5, 4, 4)[:rank], 8)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert type(twin) is MODULES[rank] and torch.equal(twin(x), module(x))
+
+
+@pytest.mark.parametrize("rank", MODULES)
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_the_attention_map_is_what_the_output_was_made_of(rank, kv_heads):
+    """The output does not change by being looked at, and the map sums the values to it."""
+    torch.manual_seed(0)
+    settings = {"dilation": 2, "rel_pos_bias": True, "num_kv_heads": kv_heads, "qk_scale": 0.4}
+    module = MODULES[rank](8, 2, 3, **settings).double()
+    x = torch.randn(2, *(7, 6, 6)[:rank], 8, dtype=torch.float64)
+    out, weights = module(x, return_attention=True)
+    torch.testing.assert_close(out, module(x))
+    assert weights.shape == (2, 2, *x.shape[1:-1], 3**rank)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    value = (
+        module.qkv(x)
+        .unflatten(-1, (-1, 4))[..., -(kv_heads or 2) :, :]
+        .movedim(-2, 1)
+        .expand(-1, 2, *[-1] * (rank + 1))
+    )
+    summed = getattr(natten_ops, f"na{rank}d_av")(weights, value, 3, dilation=2)
+    torch.testing.assert_close(module.proj(summed.movedim(1, -2).flatten(-2)), out)
+
+
+def test_attention_dropout_is_applied_in_training_only():
+    torch.manual_seed(0)
+    plain = NeighborhoodAttention2D(8, 2, 3)
+    dropping = NeighborhoodAttention2D(8, 2, 3, attn_drop=0.5)
+    dropping.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 12, 12, 8)
+    assert torch.equal(dropping.eval()(x), plain(x))
+    dropping.train()
+    torch.manual_seed(1)
+    have = dropping(x)
+    _, weights = plain(x, return_attention=True)
+    torch.manual_seed(1)
+    dropped = torch.nn.functional.dropout(weights, 0.5)
+    value = plain.qkv(x).unflatten(-1, (6, 4))[..., 4:, :].movedim(-2, 1)
+    want = plain.proj(natten_ops.na2d_av(dropped, value, 3).movedim(1, -2).flatten(-2))
+    torch.testing.assert_close(have, want)
+    assert not torch.allclose(have, plain(x), atol=1e-3)
+    with pytest.raises(ValueError, match="dropout probability"):
+        NeighborhoodAttention2D(8, 2, 3, attn_drop=1.5)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from dense import worst
+from expecttest import assert_expected_inline
 from halves import av, finite, halved, in_double, make, ops, present, qk, replaced
 from hypothesis import given, settings
 from samples import DTYPES, EMPTY, NAMED, Problem, problems
@@ -288,3 +289,64 @@ def test_windows_that_exceed_the_scratch_of_fused_tiles():
     of_attn, of_value, _ = ops.na_av_backward(other, weights, value, *lists, None, [True] * 3)
     torch.testing.assert_close(of_attn, other @ value.mT, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(of_value, weights.mT @ other)
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+
+def test_sentences():
+    """What is wrong, the value, the bound and the way out; the raw ops name the argument."""
+    query = torch.randn(1, 2, 6, 8, 4)
+    attn = torch.rand(1, 2, 6, 8, 9)
+    qk_, av_ = natten_ops.na2d_qk, natten_ops.na2d_av
+    calls = {
+        "kernel": lambda: qk_(query, query, kernel_size=9),
+        "stride": lambda: qk_(query, query, kernel_size=3, stride=4),
+        "float": lambda: qk_(query, query, kernel_size=3.0),
+        "rank": lambda: natten_ops.na1d_qk(query, query, kernel_size=3),
+        "heads last": lambda: qk_(query, query.movedim(1, -2), kernel_size=3),
+        "dtype": lambda: qk_(query, query.double(), kernel_size=3),
+        "ints": lambda: qk_(query.long(), query.long(), kernel_size=3),
+        "array": lambda: qk_(query.numpy(), query, kernel_size=3),
+        "table": lambda: qk_(query, query, kernel_size=3, rpb=torch.zeros(2, 3, 3)),
+        "strided table": lambda: qk_(query, query, kernel_size=3, stride=2, rpb=torch.zeros(2, 5, 5)),
+        "additional": lambda: qk_(query, query, kernel_size=3, additional_keys=torch.zeros(1, 5, 2, 4)),
+        "slots": lambda: av_(attn, query, kernel_size=5),
+        "slots and tokens": lambda: av_(attn, query, kernel_size=3, additional_values=torch.zeros(1, 2, 1, 4)),
+        "batch": lambda: av_(attn.expand(2, -1, -1, -1, -1), query, kernel_size=3),
+        "none": lambda: av_(attn, None, kernel_size=3),
+        "sparse": lambda: av_(attn.to_sparse(), query, kernel_size=3),
+        "meta": lambda: av_(attn, query.to("meta"), kernel_size=3),
+        "raw": lambda: ops.na_qk(query, query, [9, 3], [1, 1], [1, 1], [False, False]),
+        "raw list": lambda: ops.na_av(attn, query, [3], [1, 1], [1, 1], [False, False]),
+        "raw needed": lambda: ops.na_av_backward(query, attn, query, [3, 3], [1, 1], [1, 1], [False] * 2, None, [True]),
+    }
+    found = []
+    for name, call in calls.items():
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+            call()
+        found.append(f"{name}: {str(caught.value).split('natten: ')[-1]}")
+    assert_expected_inline(
+        "\n".join(found),
+        """\
+kernel: kernel_size[0]=9 with dilation[0]=1 spans 9 > 6 tokens on axis 0; lower one of them, or pad the grid
+stride: stride[0]=4 exceeds kernel_size[0]=3: queries between two windows would lose their own neighborhood; use a stride of 1 to 3
+float: kernel_size[0]=3.0 is a float; give an int
+rank: query has shape [1, 2, 6, 8, 4]; unfused 1-D neighborhood attention takes 4 dims, heads first: [batch, heads, axis 0, head dim]
+heads last: key has shape [1, 6, 8, 2, 4], expected [1, 2, 6, 8, 4]: the shape of query
+dtype: key has dtype torch.float64, query torch.float32; cast them to one dtype
+ints: query has dtype torch.int64; cast it to one of float64, float32, float16, bfloat16
+array: query is a ndarray; give a torch.Tensor
+table: rpb has shape [2, 3, 3], expected [2, 5, 5]: [heads, 2 * kernel_size - 1 an axis]
+strided table: rpb is defined for stride 1 only, and stride[0]=2; drop one of them
+additional: additional_keys has shape [1, 5, 2, 4], expected [1, 2, 2, 4]: [batch, heads, tokens, head dim], heads first
+slots: attn has shape [1, 2, 6, 8, 9], expected [1, 2, 6, 8, 25]: [batch, heads, the value's axes, window slots + additional tokens]
+slots and tokens: attn has shape [1, 2, 6, 8, 9], expected [1, 2, 6, 8, 10]: [batch, heads, the value's axes, window slots + additional tokens]
+batch: attn has shape [2, 2, 6, 8, 9], expected [1, 2, 6, 8, 9]: [batch, heads, the value's axes, window slots + additional tokens]
+none: value is None; give a torch.Tensor
+sparse: attn is a torch.sparse_coo tensor; give a dense one: attn.to_dense()
+meta: attn is on cpu, value on meta; move them to one device
+raw: kernel_size[0]=9 with dilation[0]=1 spans more than the 6 tokens on axis 0
+raw list: kernel_size has 1 entries for 2 spatial axes
+raw needed: needed has 1 entries, expected 3""",  # noqa: E501
+    )

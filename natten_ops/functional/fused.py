@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from natten_ops import backends, reference
+from natten_ops.functional import nested
 from natten_ops.geometry.block_masks import block_mask
 from natten_ops.geometry.masks import score_mod
 from natten_ops.geometry.params import Box, NAParams, make_box, make_params
@@ -218,6 +219,15 @@ def _attend(
     params = make_params(rank, *windows)
     box = make_box(rank, *box_settings) if box_settings else None
     scale = checked_scale(scale)
+    if nested.any_nested(*inputs):
+        if box is not None:
+            raise ValueError("q_origin, kv_origin and extent beside nested tensors; every sample is a whole grid")
+
+        def dense(sample: Inputs) -> Any:
+            return _attend(name, rank, sample, windows, scale, (), True, backend, {})
+
+        result = nested.attend(inputs, params, scale, backend, dense)
+        return result if return_lse else result[0]
     device = inputs.query.device.type if isinstance(inputs.query, Tensor) else None
     autocasts = device in AUTOCAST_KEYS and torch.is_autocast_enabled(device)
     seen = autocast_inputs(inputs, torch.get_autocast_dtype(device), device) if autocasts else inputs

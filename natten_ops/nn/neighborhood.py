@@ -93,7 +93,7 @@ class _NeighborhoodAttention(nn.Module):
             table = [2 * kernel - 1 for kernel in self.kernel_size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *table, device=device, dtype=dtype))
         self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
-        self.attn_drop = nn.Dropout(attn_drop)
+        self.attn_drop = nn.Dropout(attn_drop) if attn_drop else None
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -116,7 +116,7 @@ class _NeighborhoodAttention(nn.Module):
         query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=-2)
         settings: dict[str, Any] = {"stride": self.stride, "dilation": self.dilation, "is_causal": self.is_causal}
         attention_map = None
-        if return_attention or (self.training and self.attn_drop.p > 0):
+        if return_attention or (self.training and self.attn_drop is not None):
             out, attention_map = self._attend_unfused(query, key, value, settings)
         else:
             out = functional.neighborhood_attention(
@@ -135,7 +135,8 @@ class _NeighborhoodAttention(nn.Module):
         scale = self.head_dim**-0.5 if self.qk_scale is None else self.qk_scale
         qk, av = getattr(functional, f"na{self.rank}d_qk"), getattr(functional, f"na{self.rank}d_av")
         weights = qk(query * scale, key, self.kernel_size, **settings, rpb=self.rpb).softmax(dim=-1)
-        return av(self.attn_drop(weights), value, self.kernel_size, **settings).movedim(1, -2), weights
+        dropped = weights if self.attn_drop is None else self.attn_drop(weights)
+        return av(dropped, value, self.kernel_size, **settings).movedim(1, -2), weights
 
     def extra_repr(self) -> str:
         """The settings that differ from the defaults, for `print(model)`."""
@@ -147,8 +148,6 @@ class _NeighborhoodAttention(nn.Module):
                 parts.append(f"{name}={getattr(self, name)}")
         if self.rpb is not None:
             parts.append("rel_pos_bias=True")
-        if self.attn_drop.p:
-            parts.append(f"attn_drop={self.attn_drop.p}")
         if self.qk_scale is not None:
             parts.append(f"qk_scale={self.qk_scale}")
         return ", ".join(parts)

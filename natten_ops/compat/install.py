@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Puts a level where libraries look for natten: `import natten`, `find_spec("natten")` and `importlib.metadata`.
+
+One finder in `sys.meta_path` answers all three, and keeps what it took away until it is uninstalled.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from natten_ops.compat.errors import ConstraintError
+from natten_ops.compat.module import ROOT, tree
+from natten_ops.compat.rows import resolve
+
+
+class Distribution(importlib.metadata.Distribution):
+    """The metadata of a release that is not on disk."""
+
+    def __init__(self, release: str) -> None:
+        self.texts = {
+            "METADATA": f"Metadata-Version: 2.1\nName: {ROOT}\nVersion: {release}\nSummary: natten on natten_ops\n",
+            "top_level.txt": f"{ROOT}\n",
+        }
+
+    def read_text(self, filename: str) -> str | None:
+        """One of the two files that there are."""
+        return self.texts.get(filename)
+
+    def locate_file(self, path: str | os.PathLike[str]) -> Path:
+        """Where a file would be."""
+        return Path(__file__).parent / path
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules and the metadata of one release; `hidden` are the modules of another natten."""
+
+    def __init__(self, level: str, release: str, hidden: dict[str, ModuleType]) -> None:
+        self.modules, self.release, self.hidden = tree(level, release), release, hidden
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec of natten or of one of its modules."""
+        module = self.modules.get(fullname)
+        return None if module is None else module.__spec__
+
+    def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
+        """The metadata of natten, if it is asked for; this finder comes first, so it hides an installed one's."""
+        if context is None or context.name is None or context.name.lower() == ROOT:
+            yield Distribution(self.release)
+
+
+def install_as_natten(version: str, force: bool = False) -> ModuleType:
+    """Let `import natten`, and everything that looks for natten in this process, find a release on natten_ops.
+
+    Call it before the library that looks is imported: some look once. A natten that is installed but not imported is
+    hidden until `uninstall`. Installing another level takes the place of the one before.
+
+    Args:
+        version: a level or a release, as for `natten_ops.compat.natten`.
+        force: replace a real natten that is imported already; what was imported from it elsewhere stays.
+
+    Returns:
+        The module that `import natten` gives now.
+
+    Raises:
+        ConstraintError (a ValueError and a RuntimeError): a real natten is imported, and force is False.
+        ValueError, TypeError: a version of no level.
+
+    Example:
+        >>> from natten_ops import compat
+        >>> module = compat.install_as_natten(version="0.14.5")
+        >>> from natten.functional import natten2dav, natten2dqkrpb
+        >>> compat.uninstall()
+    """
+    level, release = resolve(version)
+    imported = sys.modules.get(ROOT)
+    if _installed() is None and imported is not None and not force:
+        raise ConstraintError(
+            f"natten is imported already, from {getattr(imported, '__file__', None)}; call install_as_natten before "
+            f"anything imports it, or with force=True to replace it"
+        )
+    uninstall()
+    finder = Finder(level, release, _take_away())
+    sys.modules.update(finder.modules)
+    sys.meta_path.insert(0, finder)
+    return finder.modules[ROOT]
+
+
+def uninstall() -> None:
+    """Undo `install_as_natten`: a natten that was imported or installed is found again. Nothing if none is installed.
+
+    Example:
+        >>> from natten_ops import compat
+        >>> compat.uninstall()
+    """
+    finder = _installed()
+    if finder is not None:
+        sys.meta_path.remove(finder)
+        _take_away()
+        sys.modules.update(finder.hidden)
+
+
+def _installed() -> Finder | None:
+    return next((finder for finder in sys.meta_path if isinstance(finder, Finder)), None)
+
+
+def _take_away() -> dict[str, ModuleType]:
+    """Remove natten and its modules from the imported ones."""
+    names = [name for name in sys.modules if name.partition(".")[0] == ROOT]
+    return {name: sys.modules.pop(name) for name in names}

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""Nested tensors: samples of different spatial sizes in one call.
+
+Lines in torch's jagged layout go to an op of their own, in eager and compiled code; grids in its strided layout, and
+lines in two halves, are attended to sample after sample.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten_ops.geometry.params import NAParams
+from natten_ops.ops.arguments import autocast_tensor, lse_dtype
+from natten_ops.ops.jagged import check_jagged
+
+Named = Sequence[tuple[str, Any]]
+
+
+def any_nested(*tensors: Any) -> bool:
+    return any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in tensors)
+
+
+def check_nested(nested: Named, dense: Named) -> None:
+    """Raise ValueError or TypeError unless the first are nested alike and the others, where they are there, dense."""
+    for name, tensor in nested:
+        if not isinstance(tensor, Tensor) or not tensor.is_nested:
+            kind = "a dense tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+            others = [other for other, t in nested if isinstance(t, Tensor) and t.is_nested]
+            raise ValueError(f"{name} is {kind} and {', '.join(others)} nested; nest all of {[n for n, _ in nested]}")
+    first, leader = nested[0]
+    for name, tensor in nested:
+        if tensor.layout != leader.layout:
+            raise ValueError(f"{name} is nested as {tensor.layout}, {first} as {leader.layout}; use one layout")
+    for name, tensor in dense:
+        if isinstance(tensor, Tensor) and tensor.is_nested:
+            raise ValueError(f"{name} is a nested tensor; it must be dense, one for all samples or one row a sample")
+
+
+def _check_sizes(named: Named, parts: Sequence[Sequence[Tensor]], axes: slice) -> None:
+    """Every sample has one spatial size in all tensors."""
+    first, leaders = named[0][0], parts[0]
+    for (name, _), samples in zip(named, parts):
+        if len(samples) != len(leaders):
+            raise ValueError(f"{name} has {len(samples)} samples, {first} {len(leaders)}; they must be equal")
+        for i, (sample, leader) in enumerate(zip(samples, leaders)):
+            if sample.shape[axes] != leader.shape[axes]:
+                raise ValueError(
+                    f"{name} has {list(sample.shape[axes])} tokens in sample {i}, {first} {list(leader.shape[axes])}; "
+                    "they must be equal"
+                )
+
+
+def _naming(sample: int, call: Callable[[], Any]) -> Any:
+    """The call's result; a mistake in it names the sample."""
+    try:
+        return call()
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"sample {sample}: {error}") from error
+
+
+# ---- fused ---------------------------------------------------------------------------------------------------------
+
+
+def attend(
+    inputs: Any, params: NAParams, scale: float | None, backend: str | None, attend_dense: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    """out and lse of nested inputs; `attend_dense(inputs, return_lse=True)` is the attention of a dense batch."""
+    named = list(zip(inputs._fields, inputs))
+    check_nested(named[:3], named[3:])
+    if inputs.key_mask is not None:
+        raise ValueError("key_mask beside nested tensors, which hold no padding to mask; leave it out")
+    if inputs.query.layout == torch.jagged:
+        if backend is not None:
+            raise ValueError(f"backend={backend!r} with jagged tensors, whose op chooses itself; leave it out")
+        return _attend_lines(inputs, params, scale)
+    parts = [tensor.unbind() for tensor in inputs[:3]]
+    _check_sizes(named[:3], parts, slice(0, params.rank))
+    results = []
+    for i, rows in enumerate(zip(*parts)):
+        extras = [None if t is None else t[i : i + 1] for t in inputs[3:5]]
+        sample = type(inputs)(*(row[None] for row in rows), *extras, inputs.rpb)
+        results.append(_naming(i, functools.partial(attend_dense, sample)))
+    outs, lses = ([part[0] for part in parts] for parts in zip(*results))
+    return torch.nested.as_nested_tensor(outs), torch.nested.as_nested_tensor(lses)
+
+
+def _attend_lines(inputs: Any, params: NAParams, scale: float | None) -> tuple[Tensor, Tensor]:
+    query, key, value, additional_keys, additional_values, rpb, _ = inputs
+    if params.rank != 1:
+        raise ValueError(
+            f"torch's jagged layout has one ragged dimension and {params.rank}-D samples have {params.rank}; "
+            "nest them with layout=torch.strided"
+        )
+    offsets = lines_of("query", query)
+    for name, tensor in (("key", key), ("value", value)):
+        _check_offsets(name, lines_of(name, tensor), offsets)
+    values = [tensor.values() for tensor in (query, key, value)]
+    if not torch.compiler.is_compiling():
+        _check_lengths(offsets, params)
+    device = values[0].device.type
+    seen = values
+    if torch.is_autocast_enabled(device):
+        seen = [autocast_tensor(t, torch.get_autocast_dtype(device), device) for t in values]
+    if rpb is not None:
+        rpb = rpb.to(lse_dtype(seen[0]))
+    check_jagged(seen[0], seen[1], seen[2], offsets, params, additional_keys, additional_values, rpb)
+    out, lse = torch.ops.natten.neighborhood_attention_jagged(
+        *values, offsets, *params, scale, additional_keys, additional_values, rpb=rpb
+    )
+    return like_lines(out, query), like_lines(lse, query)
+
+
+def lines_of(name: str, tensor: Any) -> Any:
+    """The offsets of a jagged tensor whose values are dense lines."""
+    if tensor.dim() != 4 or tensor._ragged_idx != 1 or tensor.lengths() is not None:
+        raise ValueError(
+            f"{name} is a jagged tensor of {tensor.dim()} dims, ragged or with holes where no tokens are; "
+            "give [samples, tokens, heads, head dim], ragged in its tokens: tensor.contiguous()"
+        )
+    return tensor.offsets()
+
+
+def like_lines(values: Tensor, like: Any) -> Tensor:
+    """A jagged tensor of those values with the samples of another one, so that both fit into one expression."""
+    return torch.nested.nested_tensor_from_jagged(
+        values,
+        offsets=like.offsets(),
+        min_seqlen=like._maybe_min_seqlen,
+        max_seqlen=like._maybe_max_seqlen,
+    )
+
+
+def _check_offsets(name: str, offsets: Tensor, expected: Tensor) -> None:
+    if offsets is expected or torch.compiler.is_compiling():  # the values' shapes are compared there
+        return
+    if offsets.shape != expected.shape:
+        raise ValueError(
+            f"{name} has {offsets.shape[0] - 1} samples, query {expected.shape[0] - 1}; they must be equal"
+        )
+    for i, (have, want) in enumerate(zip(offsets.diff().tolist(), expected.diff().tolist())):
+        if have != want:
+            raise ValueError(f"{name} has {have} tokens in sample {i}, query {want}; they must be equal")
+
+
+def _check_lengths(offsets: Tensor, params: NAParams) -> None:
+    for i, length in enumerate(offsets.diff().tolist()):
+        _naming(i, functools.partial(params.check_extent, [length]))
+
+
+# ---- in two halves -------------------------------------------------------------------------------------------------
+
+
+def by_halves(nested: Named, dense: Named, rank: int, call: Callable[..., Tensor]) -> Tensor:
+    """`call(sample of each, *rows of the dense ones)` over the samples; heads first, so lines are ragged in dim 2."""
+    check_nested(nested, dense)
+    jagged = nested[0][1].layout == torch.jagged
+    if jagged and torch.compiler.is_compiling():
+        raise ValueError("the unfused ops take jagged tensors in eager code only; use na1d, or dense tensors")
+    parts = []
+    for name, tensor in nested:
+        if jagged:
+            tensor = tensor.transpose(1, 2)  # [samples, tokens, heads, ..]
+            offsets = lines_of(name, tensor).tolist()
+            values = tensor.values()
+            parts.append([values[a:b].transpose(0, 1) for a, b in zip(offsets, offsets[1:])])
+        else:
+            parts.append(list(tensor.unbind()))
+    _check_sizes(nested, parts, slice(1, 1 + rank))
+    outs = []
+    for i, samples in enumerate(zip(*parts)):
+        extras = [None if t is None else t[i : i + 1] for _, t in dense]
+        outs.append(_naming(i, functools.partial(call, *(t[None] for t in samples), *extras))[0])
+    if not jagged:
+        return torch.nested.as_nested_tensor(outs)
+    like = nested[0][1].transpose(1, 2)
+    return like_lines(torch.cat([out.transpose(0, 1) for out in outs]), like).transpose(1, 2)

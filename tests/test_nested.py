@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: MIT
+"""Samples of different sizes in one call: jagged lines, strided grids, fused and in two halves, sample after sample."""
+
+import pytest
+import torch
+from dense import worst
+from expecttest import assert_expected_inline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import DTYPES
+from torch.library import opcheck
+
+import natten_ops
+from natten_ops import reference
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+jagged_op = torch.ops.natten.neighborhood_attention_jagged.default
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+def draw(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def offsets_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def lines(values, offsets):
+    return torch.nested.nested_tensor_from_jagged(values, offsets=offsets)
+
+
+def values_of(lengths, dtype=torch.float64, heads=2, group=1, dim=8, value_dim=8, additional=None, rpb=0):
+    """query, key, value, additional keys and values (or None), bias table (or None); `rpb` is the kernel size of it."""
+    tokens, heads_kv = sum(lengths), heads // group
+    found = [draw(tokens, heads, dim, dtype=dtype), draw(tokens, heads_kv, dim, dtype=dtype, seed=1)]
+    found += [draw(tokens, heads_kv, value_dim, dtype=dtype, seed=2), None, None, None]
+    if additional is not None:
+        found[3] = draw(len(lengths), additional, heads_kv, dim, dtype=dtype, seed=3)
+        found[4] = draw(len(lengths), additional, heads_kv, value_dim, dtype=dtype, seed=4)
+    if rpb:
+        found[5] = draw(heads, 2 * rpb - 1, dtype=dtype, seed=5)
+    return found
+
+
+def by_reference(tensors, lengths, windows):
+    """out and lse of each sample alone, in float64."""
+    query, key, value, keys, values, rpb = tensors
+    ends, results = offsets_of(lengths).tolist(), []
+    for i, (a, b) in enumerate(zip(ends, ends[1:])):
+        extras = [None if t is None else t[i : i + 1] for t in (keys, values)]
+        sample = (t[None, a:b] for t in (query, key, value))
+        results.append(reference.neighborhood_attention_lse(*sample, *windows, None, *extras, rpb=rpb))
+    return [torch.cat([part[0] for part in parts]) for parts in zip(*results)]
+
+
+def by_op(tensors, lengths, windows):
+    """The same through jagged tensors and the public function."""
+    offsets = offsets_of(lengths)
+    query, key, value = (lines(t, offsets) for t in tensors[:3])
+    settings = dict(zip(("kernel_size", "stride", "dilation", "is_causal"), (w[0] for w in windows)))
+    more = {"additional_keys": tensors[3], "additional_values": tensors[4], "rpb": tensors[5]}
+    out, lse = natten_ops.na1d(query, key, value, **settings, **more, return_lse=True)
+    assert out.layout == lse.layout == torch.jagged and out.shape[1] == lse.shape[1] == query.shape[1]
+    return [out.values(), lse.values()]
+
+
+def gradients(function, tensors, *rest):
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    out, lse = function(leaves, *rest)
+    return torch.autograd.grad(
+        out.double().sin().sum() + lse.double().cos().sum(), [t for t in leaves if t is not None]
+    )
+
+
+def assert_right(tensors, lengths, windows, dtype):
+    exact = [None if t is None else t.double() for t in tensors]
+    for have, want in zip(by_op(tensors, lengths, windows), by_reference(exact, lengths, windows)):
+        assert worst(have, want) <= TOLERANCE[dtype]
+    wanted = gradients(by_reference, exact, lengths, windows)
+    for have, want in zip(gradients(by_op, tensors, lengths, windows), wanted):
+        assert have.shape == want.shape and have.dtype == dtype
+        assert worst(have, want) <= TOLERANCE[dtype] * max(1.0, want.abs().max().item() if want.numel() else 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [3, 40])  # of few samples each has all threads, many share them out
+def test_lines_of_every_dtype(dtype, count):
+    lengths = [7 + 5 * i % 23 for i in range(count)]
+    tensors = values_of(lengths, dtype, heads=4, group=2, value_dim=5, additional=2, rpb=3)
+    assert_right(tensors, lengths, ([3], [1], [2], [True]), dtype)
+
+
+@st.composite
+def jagged_problems(draw_):
+    kernel, dilation = draw_(st.integers(1, 6)), draw_(st.integers(1, 3))
+    rpb = draw_(st.booleans())
+    stride = 1 if rpb else draw_(st.integers(1, kernel))
+    longer = draw_(st.lists(st.integers(0, 30), min_size=1, max_size=6))
+    windows = [kernel], [stride], [dilation], [draw_(st.booleans())]
+    more = {"group": draw_(st.integers(1, 2)), "dim": draw_(st.sampled_from([1, 8, 20])), "rpb": kernel * rpb}
+    more["additional"] = draw_(st.sampled_from([None, 0, 3]))
+    return [kernel * dilation + n for n in longer], windows, more
+
+
+@given(problem=jagged_problems())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_lines(problem):
+    lengths, windows, more = problem
+    assert_right(values_of(lengths, **more), lengths, windows, torch.float64)
+
+
+def test_a_head_dim_beyond_tiles_and_a_batch_of_nothing():
+    lengths = [5, 4]
+    assert_right(values_of(lengths, dim=9000, heads=1, value_dim=3), lengths, ([3], [1], [1], [False]), torch.float64)
+    empty = [t.requires_grad_() for t in values_of([])[:3]]
+    out, _ = jagged_op(*empty, offsets_of([]), [3], [1], [1], [False])
+    assert out.shape == (0, 2, 8) and all(g.numel() == 0 for g in torch.autograd.grad(out.sum(), empty))
+
+
+def test_results_do_not_depend_on_threads():
+    lengths, windows = [9 + i % 7 for i in range(12)], ([5], [1], [1], [False])
+    tensors, results, threads = values_of(lengths, torch.float32, rpb=5, additional=2), [], torch.get_num_threads()
+    for count in (1, 2, 8):
+        torch.set_num_threads(count)
+        results.append([*by_op(tensors, lengths, windows), *gradients(by_op, tensors, lengths, windows)])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        for have, want in zip(other, results[0]):
+            assert torch.equal(have, want)
+
+
+def test_opcheck():
+    lengths = [6, 9]
+    query, key, value, keys, values, rpb = (t.requires_grad_() for t in values_of(lengths, additional=2, rpb=3))
+    lists = [3], [1], [2], [True]
+    opcheck(jagged_op, (query, key, value, offsets_of(lengths), *lists, None, keys, values), {"rpb": rpb})
+    out, lse = jagged_op(query, key, value, offsets_of(lengths), *lists, None, keys, values, rpb=rpb)
+    backward = torch.ops.natten.neighborhood_attention_jagged_backward.default
+    saved = [t.detach() for t in (torch.ones_like(out), torch.ones_like(lse), out, lse, query, key, value)]
+    extras = [t.detach() for t in (keys, values, rpb)]
+    opcheck(backward, (*saved, offsets_of(lengths), *lists, None, *extras, [True, False, True, True, True, False]))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_lines_are_one_graph(backend):
+    """Offsets are data: other lengths, the same code."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+    def step(query, key, value):
+        return natten_ops.na1d(query * 0.5, key, value, kernel_size=3, dilation=2) * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for lengths in ([7, 12, 9], [6, 30, 8, 15]):
+        offsets = offsets_of(lengths)
+        tensors = [lines(t, offsets).detach().requires_grad_() for t in values_of(lengths, torch.float32)[:3]]
+        results = []
+        for function in (compiled, step):
+            out = function(*tensors)
+            slopes = torch.autograd.grad(out.values().sin().sum(), tensors)
+            results.append([out.values(), *(t.values() for t in slopes)])
+        for have, want in zip(*results):
+            torch.testing.assert_close(have, want, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count <= 2
+
+
+def test_autocast_of_lines():
+    lengths = [6, 9]
+    tensors = values_of(lengths, torch.float32, rpb=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = by_op(tensors, lengths, ([3], [1], [1], [False]))
+    cast = [t if t is None else t.bfloat16() for t in tensors[:5]] + [tensors[5]]
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, by_op(cast, lengths, ([3], [1], [1], [False]))[0])
+
+
+# ---- strided grids and halves --------------------------------------------------------------------------------------
+
+SIZES = {2: [(5, 6), (7, 4), (6, 6)], 3: [(3, 4, 5), (4, 3, 3)]}
+
+
+def grids(rank, *rest, front=(), seed=0):
+    tensors = [draw(*front, *size, *rest, seed=seed + i) for i, size in enumerate(SIZES[rank])]
+    return torch.nested.nested_tensor(tensors, requires_grad=True)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_grids_of_different_sizes(rank):
+    function = getattr(natten_ops, f"na{rank}d")
+    query, key, value = (grids(rank, 2, 8, seed=seed) for seed in (0, 10, 20))
+    extra = draw(len(SIZES[rank]), 2, 2, 8)
+    more = {"additional_keys": extra, "additional_values": extra}
+    out, lse = function(query, key, value, kernel_size=3, is_causal=True, **more, return_lse=True)
+    have = torch.autograd.grad(sum(part.sin().sum() for part in out.unbind()), [query, key, value])
+    parts = [[t.detach().requires_grad_() for t in tensor.unbind()] for tensor in (query, key, value)]
+    for i, sample in enumerate(zip(*parts)):
+        rows = {name: t[i : i + 1] for name, t in more.items()}
+        want, want_lse = function(*(t[None] for t in sample), kernel_size=3, is_causal=True, **rows, return_lse=True)
+        assert torch.equal(out.unbind()[i], want[0]) and torch.equal(lse.unbind()[i], want_lse[0])
+        for tensor, slope in zip(have, torch.autograd.grad(want.sin().sum(), sample)):
+            torch.testing.assert_close(tensor.unbind()[i], slope)
+
+
+def test_halves_of_grids():
+    query, value = grids(2, 8, front=(2,)), grids(2, 8, front=(2,), seed=9)
+    logits = natten_ops.na2d_qk(query, query, kernel_size=3)
+    out = natten_ops.na2d_av(logits, value, kernel_size=3)
+    for i, (q, v) in enumerate(zip(query.unbind(), value.unbind())):
+        want = natten_ops.na2d_qk(q[None], q[None], kernel_size=3)
+        assert torch.equal(logits.unbind()[i], want[0])
+        assert torch.equal(out.unbind()[i], natten_ops.na2d_av(want, v[None], kernel_size=3)[0])
+
+
+def test_halves_of_lines_make_the_fused_attention():
+    lengths, windows = [9, 5, 14], ([3], [1], [1], [True])
+    tensors = values_of(lengths, additional=2)
+    offsets = offsets_of(lengths)
+
+    def by_halves(given, *_):
+        query, key, value = (lines(t, offsets).transpose(1, 2) for t in given[:3])
+        extras = [t.transpose(1, 2) for t in given[3:5]]
+        settings = {"kernel_size": 3, "is_causal": True}
+        logits = natten_ops.na1d_qk(query * 8**-0.5, key, **settings, additional_keys=extras[0])
+        weights = logits.transpose(1, 2).softmax(-1).transpose(1, 2)  # torch has no gradient of it the other way round
+        out = natten_ops.na1d_av(weights, value, **settings, additional_values=extras[1])
+        lse = torch.cat([part.logsumexp(-1).T for part in logits.unbind()])
+        return [out.transpose(1, 2).values(), lse]
+
+    for have, want in zip(by_halves(tensors), by_op(tensors, lengths, windows)):
+        torch.testing.assert_close(have, want)
+    for have, want in zip(gradients(by_halves, tensors), gradients(by_op, tensors, lengths, windows)):
+        torch.testing.assert_close(have, want)
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+
+def sentence(function, *args, **kwargs):
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_sentences():
+    offsets = offsets_of([9, 5, 7])
+    query = lines(draw(21, 2, 8), offsets)
+    other = lines(draw(21, 2, 8), offsets_of([9, 6, 6]))
+    grid = grids(2, 2, 8)
+    na1d, na2d = natten_ops.na1d, natten_ops.na2d
+    k3 = {"kernel_size": 3}
+    found = {
+        "half nested": sentence(na1d, query, query.values()[None], query, **k3),
+        "two layouts": sentence(na1d, query, torch.nested.nested_tensor(list(query.unbind())), query, **k3),
+        "nested table": sentence(na1d, query, query, query, **k3, rpb=query),
+        "mask": sentence(na1d, query, query, query, **k3, key_mask=torch.ones(3, 9, dtype=torch.bool)),
+        "window": sentence(na1d, query, query, query, kernel_size=3, dilation=2),
+        "sizes": sentence(na1d, query, other, query, **k3),
+        "rank": sentence(na2d, query, query, query, **k3),
+        "backend": sentence(na1d, query, query, query, **k3, backend="cpu-general"),
+        "transposed": sentence(na1d, query.transpose(1, 2), query, query, **k3),
+        "box": sentence(
+            natten_ops.neighborhood_attention, query, query, query, **k3, q_origin=[0], kv_origin=[0], extent=[9]
+        ),
+        "grid window": sentence(na2d, grid, grid, grid, kernel_size=(3, 5)),
+        "grid sizes": sentence(na2d, grid, torch.nested.nested_tensor(list(grid.unbind())[::-1]), grid, **k3),
+        "halves": sentence(natten_ops.na1d_qk, query.transpose(1, 2), query.values()[None], **k3),
+        "halves window": sentence(natten_ops.na1d_qk, query.transpose(1, 2), query.transpose(1, 2), kernel_size=6),
+        "raw offsets": sentence(jagged_op, *[query.values()] * 3, offsets + 1, [3], [1], [1], [False]),
+        "raw primitive": sentence(torch.ops.natten.na1d, query, query, query, [3]),
+        "raw window": sentence(jagged_op, *[query.values()] * 3, offsets, [6], [1], [1], [False]),
+    }
+    assert_expected_inline(
+        "\n".join(f"{name}: {text.split('natten: ')[-1]}" for name, text in found.items()),
+        """\
+half nested: key is a dense tensor and query, value nested; nest all of ['query', 'key', 'value']
+two layouts: key is nested as torch.strided, query as torch.jagged; use one layout
+nested table: rpb is a nested tensor; it must be dense, one for all samples or one row a sample
+mask: key_mask beside nested tensors, which hold no padding to mask; leave it out
+window: sample 1: kernel_size[0]=3 with dilation[0]=2 spans 6 > 5 tokens on axis 0; lower one of them, or pad the grid
+sizes: key has 6 tokens in sample 1, query 5; they must be equal
+rank: torch's jagged layout has one ragged dimension and 2-D samples have 2; nest them with layout=torch.strided
+backend: backend='cpu-general' with jagged tensors, whose op chooses itself; leave it out
+transposed: query is a jagged tensor of 4 dims, ragged or with holes where no tokens are; give [samples, tokens, heads, head dim], ragged in its tokens: tensor.contiguous()
+box: q_origin, kv_origin and extent beside nested tensors; every sample is a whole grid
+grid window: sample 1: kernel_size[1]=5 with dilation[1]=1 spans 5 > 4 tokens on axis 1; lower one of them, or pad the grid
+grid sizes: key has [6, 6] tokens in sample 0, query [5, 6]; they must be equal
+halves: key is a dense tensor and query nested; nest all of ['query', 'key']
+halves window: sample 1: kernel_size[0]=6 with dilation[0]=1 spans 6 > 5 tokens on axis 0; lower one of them, or pad the grid
+raw offsets: offsets begin at 1 and end at 22, expected 0 and 21, the number of tokens
+raw primitive: natten.neighborhood_attention_lse.default
+raw window: kernel_size[0]=6 with dilation[0]=1 spans more than the 5 tokens of sample 1""",  # noqa: E501
+    )
+
+
+def test_a_compiled_window_larger_than_a_sample_names_it():
+    query = lines(draw(14, 2, 8), offsets_of([9, 5]))
+    compiled = torch.compile(lambda t: natten_ops.na1d(t, t, t, kernel_size=6), fullgraph=True, backend="aot_eager")
+    assert "kernel_size[0]=6 with dilation[0]=1 spans more than the 5 tokens of sample 1" in sentence(compiled, query)
