@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   python -m natten_ops.tools show --shape 12x12 --kernel-size 5 --query 3,3 --dilation 2
   python -m natten_ops.tools show --shape 16 --kernel-size 6 --query 9 --stride 3 --causal
   python -m natten_ops.tools show --shape 12x16 --kernel-size 5 --query 0,3 --image photo.png --out window.png
+  python -m natten_ops.tools show --shape 12x16 --kernel-size 5 --query 0,3 --image photo.png --attention map.pt --out map.png
 """
 
 
@@ -72,6 +73,11 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--query", type=integers, required=True, metavar="Y,X", help="its coordinates, in tokens")
     show.add_argument("--out", metavar="FILE", help="write a picture instead of text")
     show.add_argument("--image", metavar="FILE", help="draw on this image (2-D, with --out)")
+    show.add_argument(
+        "--attention", metavar="FILE",
+        help="with --image: draw these weights, a tensor [heads, y, x, slots] that torch.save wrote",
+    )  # fmt: skip
+    show.add_argument("--head", type=int, metavar="H", help="with --attention: one head instead of the mean of all")
     return top
 
 
@@ -104,12 +110,18 @@ def _why(options: argparse.Namespace) -> str:
 
 def _show(options: argparse.Namespace) -> str:
     geometry = _geometry(options)
+    for name, needed in (("image", "out"), ("attention", "image"), ("head", "attention")):
+        if getattr(options, name) is not None and getattr(options, needed) is None:
+            raise ValueError(f"--{name} needs --{needed} FILE")
     if options.out is None:
-        if options.image is not None:
-            raise ValueError("--image needs --out FILE, the picture to write")
         return tools.show(options.shape, options.query, **geometry)
     if options.image is None:
         figure = tools.draw_window(options.shape, options.query, **geometry)
+    elif options.attention is not None:
+        weights = torch.load(options.attention, weights_only=True)
+        if tuple(weights.shape[1:-1]) != tuple(options.shape):
+            raise ValueError(f"--attention has shape {list(weights.shape)}; give [heads, {options.shape}, slots]")
+        figure = tools.draw_attention(_read_image(options.image), weights, options.query, options.head, **geometry)
     else:
         figure = tools.draw_on_image(_read_image(options.image), options.shape, options.query, **geometry)
     figure.savefig(options.out, dpi=150)

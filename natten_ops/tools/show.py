@@ -52,14 +52,20 @@ def visible_keys(
         [1, 1, 1, 0, 0, 0]
     """
     params = checked_params(spatial_shape, kernel_size, stride, dilation, is_causal)
+    check_query(query, spatial_shape)
+    window = torch.ones((), dtype=torch.bool)
+    for axis, (position, length) in enumerate(zip(query, spatial_shape)):
+        window = window[..., None] & axis_mask(params, axis, length, length)[position]
+    return window
+
+
+def check_query(query: Sequence[int], spatial_shape: Sequence[int]) -> None:
+    """Raise ValueError unless the query lies in the grid."""
     if len(query) != len(spatial_shape):
         raise ValueError(f"query={tuple(query)} has {len(query)} coordinates for {len(spatial_shape)} spatial axes")
-    window = torch.ones((), dtype=torch.bool)
     for axis, (position, length) in enumerate(zip(query, spatial_shape)):
         if not 0 <= position < length:
             raise ValueError(f"query[{axis}]={position} is outside of the grid; give 0 to {length - 1}")
-        window = window[..., None] & axis_mask(params, axis, length, length)[position]
-    return window
 
 
 def show(spatial_shape: Sequence[int], query: Sequence[int], **geometry: Any) -> str:
@@ -84,7 +90,7 @@ def show(spatial_shape: Sequence[int], query: Sequence[int], **geometry: Any) ->
     """
     window = visible_keys(spatial_shape, query, **geometry)
     where = str(query[0]) if len(query) == 1 else str(tuple(query))
-    lines = [f"{_title(spatial_shape, **geometry)}: query {where} sees {int(window.sum())} keys"]
+    lines = [f"{title_of(spatial_shape, **geometry)}: query {where} sees {int(window.sum())} keys"]
     if len(spatial_shape) < 3:
         return "\n".join(lines + _grid_lines(window, query))
     for z, window_yx in enumerate(window):
@@ -107,7 +113,7 @@ def _grid_lines(window: Tensor, query: Sequence[int] | None) -> list[str]:
     return lines
 
 
-def _title(
+def title_of(
     spatial_shape: Sequence[int],
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] = 1,
@@ -168,7 +174,7 @@ def draw_window(
     """
     window = visible_keys(spatial_shape, query, **geometry)
     if title is None:
-        title = _title(spatial_shape, **geometry).replace(" tokens, ", " tokens\n")
+        title = title_of(spatial_shape, **geometry).replace(" tokens, ", " tokens\n")
         title += f"\nslice z = {query[0]}" if len(spatial_shape) == 3 else ""
     if len(spatial_shape) == 3:
         window = window[query[0]]
@@ -199,7 +205,7 @@ def draw_all_windows(length: int, axes: Axes | None = None, title: str | None = 
     """
     rows = torch.stack([visible_keys((length,), (i,), **geometry) for i in range(length)])
     axes = axes if axes is not None else new_figure()[1][0]
-    _draw_cells(axes, rows, title if title is not None else _title((length,), **geometry))
+    _draw_cells(axes, rows, title if title is not None else title_of((length,), **geometry))
     for i in range(length):
         _mark(axes, i + 0.5, i + 0.5, 1.0)
     _tick(axes, rows.shape, 2)
@@ -234,10 +240,7 @@ def draw_on_image(
         >>> from natten_ops.tools import draw_on_image
         >>> figure = draw_on_image(torch.rand(64, 64, 3).numpy(), (8, 8), (0, 3), kernel_size=3)
     """
-    if len(spatial_shape) != 2:
-        raise ValueError(f"an image has 2 spatial axes, and spatial_shape={tuple(spatial_shape)} has another number")
-    if getattr(image, "ndim", None) not in (2, 3):
-        raise ValueError(f"image has shape {getattr(image, 'shape', None)}; give [height, width] or [height, width, 3]")
+    check_image(image, spatial_shape)
     window = visible_keys(spatial_shape, query, **geometry)
     axes = axes if axes is not None else new_figure(width=4.2, height=3.4)[1][0]
     height, width = image.shape[:2]
@@ -247,12 +250,20 @@ def draw_on_image(
     veil[..., 3] = (~window) * 0.62
     axes.imshow(veil.numpy(), extent=(0, width, height, 0), interpolation="nearest")
     for y, x in window.nonzero().tolist():
-        _frame(axes, x * cell_x, y * cell_y, cell_x, cell_y, "white", 0.8)
+        frame(axes, x * cell_x, y * cell_y, cell_x, cell_y, "white", 0.8)
     for colour, line in (("white", 5.0), (QUERY_COLOUR, 2.5)):  # a white rim, for images that are orange themselves
-        _frame(axes, query[1] * cell_x, query[0] * cell_y, cell_x, cell_y, colour, line)
+        frame(axes, query[1] * cell_x, query[0] * cell_y, cell_x, cell_y, colour, line)
     axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-    axes.set_title(title if title is not None else _title(spatial_shape, **geometry), fontsize=9)
+    axes.set_title(title if title is not None else title_of(spatial_shape, **geometry), fontsize=9)
     return axes.figure
+
+
+def check_image(image: Any, spatial_shape: Sequence[int]) -> None:
+    """Raise ValueError unless the image can be divided among the tokens of the grid."""
+    if len(spatial_shape) != 2:
+        raise ValueError(f"an image has 2 spatial axes, and spatial_shape={tuple(spatial_shape)} has another number")
+    if getattr(image, "ndim", None) not in (2, 3):
+        raise ValueError(f"image has shape {getattr(image, 'shape', None)}; give [height, width] or [height, width, 3]")
 
 
 def _draw_cells(axes: Axes, cells: Tensor, title: str) -> None:
@@ -272,7 +283,7 @@ def _mark(axes: Axes, x: float, y: float, size: float) -> None:
     axes.add_patch(Circle((x, y), size * 0.16, facecolor="white", edgecolor="none"))
 
 
-def _frame(axes: Axes, x: float, y: float, width: float, height: float, colour: str, line: float) -> None:
+def frame(axes: Axes, x: float, y: float, width: float, height: float, colour: str, line: float) -> None:
     from matplotlib.patches import Rectangle
 
     axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""An attention map looked at: the weights of one query's window brought back to the grid, and drawn over an image.
+
+The map is what a module returns with `forward(x, return_attention=True)`: one slot for each key of each window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from natten_ops.geometry.masks import checked_params
+from natten_ops.tools.show import QUERY_COLOUR, check_image, check_query, frame, new_figure, title_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def attention_on_grid(
+    attention_map: Tensor,
+    query: Sequence[int],
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+) -> Tensor:
+    """grid[key of slot s] = weight of slot s, for one query: what it attends to, token by token.
+
+    Args:
+        attention_map: `[heads, *spatial, slots]` of one sample, slots row-major as in `natten_ops.na2d_qk`; additional
+            tokens, which lie on no grid, are its last slots and are left out.
+        query: coordinates of the query, in tokens, one an axis.
+        kernel_size, stride, dilation, is_causal: as in `natten_ops.na2d`, in tokens.
+
+    Returns:
+        `[heads, *spatial]`, 0 where the query sees nothing.
+
+    Raises:
+        ValueError, TypeError: settings that do not fit the map, or a query outside of it.
+
+    Example:
+        >>> import torch
+        >>> from natten_ops.nn import NeighborhoodAttention1D
+        >>> from natten_ops.tools import attention_on_grid
+        >>> _, weights = NeighborhoodAttention1D(8, 2, kernel_size=3)(torch.randn(1, 6, 8), return_attention=True)
+        >>> (attention_on_grid(weights[0], (4,), kernel_size=3)[0] > 0).int().tolist()
+        [0, 0, 0, 1, 1, 1]
+    """
+    if not isinstance(attention_map, Tensor) or attention_map.dim() < 3:
+        shape = list(attention_map.shape) if isinstance(attention_map, Tensor) else type(attention_map).__name__
+        raise ValueError(f"attention_map is {shape}; give a tensor [heads, 1 to 3 spatial axes, slots] of one sample")
+    spatial_shape = attention_map.shape[1:-1]
+    params = checked_params(spatial_shape, kernel_size, stride, dilation, is_causal)
+    check_query(query, spatial_shape)
+    slots = math.prod(params.kernel_size)
+    if attention_map.shape[-1] < slots:
+        raise ValueError(
+            f"attention_map has {attention_map.shape[-1]} slots and kernel_size={params.kernel_size} {slots}; "
+            "give the settings that it was made with"
+        )
+    weights = attention_map.detach().flatten(1, -2)[:, _place(query, spatial_shape)]
+    grid = weights.new_zeros(attention_map.shape[:-1]).flatten(1)
+    keys = []
+    for axis, (position, length) in enumerate(zip(query, spatial_shape)):
+        group, start, end = params.window(axis, position, length)
+        seen = range(start, start + params.kernel_size[axis])
+        keys.append([group + params.dilation[axis] * t if t < end else None for t in seen])
+    for slot, key in enumerate(product(*keys)):
+        if None not in key:
+            grid[:, _place(key, spatial_shape)] = weights[:, slot]
+    return grid.unflatten(1, spatial_shape)
+
+
+def _place(token: Sequence[Any], spatial_shape: Sequence[int]) -> int:
+    """The row-major number of a token."""
+    number = 0
+    for position, length in zip(token, spatial_shape):
+        number = number * length + position
+    return number
+
+
+def draw_attention(
+    image: Any,
+    attention_map: Tensor,
+    query: Sequence[int],
+    head: int | None = None,
+    axes: Axes | None = None,
+    title: str | None = None,
+    **geometry: Any,
+) -> Any:
+    """An image under the attention of one query: bright where its weights are large, the query in an orange frame.
+
+    Args:
+        image: `[height, width]` or `[height, width, 3 or 4]`, floats in [0, 1] or bytes.
+        attention_map: `[heads, y, x, slots]` of one sample; the image is divided evenly among its tokens.
+        query: (y, x) of the query, in tokens.
+        head: the head that is drawn; None draws the mean of all.
+        axes: matplotlib axes to draw on; None makes a figure.
+        title: above the picture; None names the geometry, the head and the largest weight.
+        geometry: kernel_size, stride, dilation and is_causal, as in `natten_ops.na2d`.
+
+    Returns:
+        The matplotlib figure; `figure.savefig(path)` writes it.
+
+    Raises:
+        ValueError, TypeError: as `attention_on_grid`; a head that is not there, an image or a grid that is not 2-D.
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> import torch
+        >>> from natten_ops.nn import NeighborhoodAttention2D
+        >>> from natten_ops.tools import draw_attention
+        >>> layer, tokens = NeighborhoodAttention2D(8, 2, kernel_size=5), torch.randn(1, 12, 12, 8)
+        >>> _, weights = layer(tokens, return_attention=True)
+        >>> figure = draw_attention(torch.rand(48, 48, 3).numpy(), weights[0], (3, 4), kernel_size=5)
+    """
+    grids = attention_on_grid(attention_map, query, **geometry)
+    spatial_shape = grids.shape[1:]
+    check_image(image, spatial_shape)
+    if head is not None and not 0 <= head < len(grids):
+        raise ValueError(f"head={head} is not there; give 0 to {len(grids) - 1}, or None for the mean of all")
+    weights = (grids.mean(0) if head is None else grids[head]).double()
+    peak = weights.max().item()
+    axes = axes if axes is not None else new_figure(width=4.2, height=3.6)[1][0]
+    height, width = image.shape[:2]
+    axes.imshow(image, cmap="gray" if image.ndim == 2 else None, extent=(0, width, height, 0))
+    # Black, lighter inside of the window, and the less opaque the larger the weight; its root, for most weights are small.
+    veil = torch.zeros(*spatial_shape, 4)
+    veil[..., 3] = torch.where(weights > 0, 0.6 - 0.6 * (weights / max(peak, 1e-30)).sqrt(), 0.75)
+    axes.imshow(veil.numpy(), extent=(0, width, height, 0), interpolation="nearest")
+    cell_y, cell_x = height / spatial_shape[0], width / spatial_shape[1]
+    for colour, line in (("white", 2.6), (QUERY_COLOUR, 1.3)):  # a white rim, for images that are orange themselves
+        frame(axes, query[1] * cell_x, query[0] * cell_y, cell_x, cell_y, colour, line)
+    axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+    if title is None:
+        who = "mean of heads" if head is None else f"head {head}"
+        title = f"{title_of(spatial_shape, **geometry)}\n{who}, largest weight {peak:.3f}"
+    axes.set_title(title, fontsize=9)
+    return axes.figure
