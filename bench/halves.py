@@ -19,6 +19,7 @@ from torch import Tensor
 
 import natten_ops
 from bench.cases import CASES
+from bench.compiled import own_backend
 from bench.contenders import gather, matmul
 from bench.run import interleave, median_ratio
 from natten_ops.geometry.masks import TENSORS
@@ -66,8 +67,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, window: int, bias: Tensor 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     """A compilation of its own, by a first use."""
-    torch._dynamo.reset()
-    call = functools.partial(torch.compile(function, fullgraph=True, dynamic=False), *arguments)
+    run = torch.compile(function, fullgraph=True, dynamic=False, backend=own_backend())
+    call = functools.partial(run, *arguments)
     call()
     return call
 
