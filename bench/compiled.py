@@ -2,6 +2,7 @@
 """What torch.compile makes of attention with its neighbours: our lowering, extern calls alone, and eager.
 
 python -m bench.compiled neighbours     RoPE -> na2d -> gate, residual, one call
+python -m bench.compiled keys           what rotating the keys (a kernel of its own) and the queries (inside) costs in it
 python -m bench.compiled model          twelve blocks: inference and training, time to compile
 python -m bench.compiled memory         peak memory of a training step of the same blocks (Linux)
 """
@@ -125,6 +126,30 @@ def neighbours(rounds: int) -> Iterator[str]:
             yield f"{size}x{size}, head dim {dim}, window {window}: template takes " + ratios(functions, rounds)
 
 
+def keys(rounds: int) -> Iterator[str]:
+    def step(q: Tensor, k: Tensor, v: Tensor, rotate_q: bool, rotate_k: bool, window: int, *angles: Tensor) -> Tensor:
+        query, key = (rope(q, *angles) if rotate_q else q), (rope(k, *angles) if rotate_k else k)
+        return natten_ops.na2d(query, key, v, kernel_size=window) * 2
+
+    for size, dim, window in ((56, 32, 7), (224, 32, 7), (32, 64, 13)):
+        tensors = torch.randn(3, 1, size, size, 4, dim).unbind()
+        angles = torch.randn(2, size, size, 1, dim).unbind()
+        with torch.no_grad():
+            functions = {}
+            for name, rotated in (("both", (True, True)), ("queries", (True, False)), ("neither", (False, False))):
+
+                def use(way: Callable[..., Any], call: Any = (*tensors, *rotated, window, *angles)) -> Any:
+                    return way(*call)
+
+                functions[name] = functools.partial(use, compiled(step, False, use))
+            times = interleave(functions, rounds, block_seconds=0.1)
+        without = [median_ratio(times[name], times["both"]) for name in ("queries", "neither")]
+        yield (
+            f"{size}x{size}, head dim {dim}, window {window}: rotating keys takes {1 - without[0]:.3f} of all, "
+            f"queries {without[0] - without[1]:.3f}"
+        )
+
+
 def twelve_blocks(rounds: int) -> Iterator[str]:
     x = torch.randn(1, 56, 56, 128)
     seconds = {}
@@ -175,16 +200,20 @@ def memory(rounds: int) -> Iterator[str]:
         yield f"a training step of 12 blocks with {name} takes {peaks[rounds // 2]:.0f} MB more at its peak"
 
 
+WHAT = {"neighbours": neighbours, "keys": keys, "model": twelve_blocks, "memory": memory}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["neighbours", "model", "memory"])
+    parser.add_argument("what", choices=list(WHAT))
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64  # ways and sizes of one function
     torch._inductor.config.fx_graph_cache = False  # to which both lowerings of a graph are one
     torch._functorch.config.enable_autograd_cache = False
-    for line in {"neighbours": neighbours, "model": twelve_blocks, "memory": memory}[options.what](options.rounds):
+    for line in WHAT[options.what](options.rounds):
         print(line, flush=True)
 
 

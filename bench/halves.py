@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64  # ways and sizes of one function
     torch._inductor.config.fx_graph_cache = False
     for line in {"ops": ops, "steps": steps, "lowerings": lowerings}[options.what](options.rounds):
         print(line, flush=True)

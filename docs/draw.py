@@ -6,6 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from sklearn.datasets import load_sample_image
+
+import natten_ops
+from natten_ops.tools import draw_attention
 from natten_ops.tools.show import draw_all_windows, draw_window, new_figure
 
 IMAGES = Path(__file__).parent / "images"
@@ -62,6 +67,21 @@ GRIDS: dict[str, list[tuple[str, tuple[int, int], dict[str, Any]]]] = {
 }
 
 
+def draw_weights() -> None:
+    """Patches of a photograph attend to those like them: their principal components are queries and keys."""
+    photograph = load_sample_image("flower.jpg")[40:424, 100:484]
+    patches = torch.tensor(photograph).float().unfold(0, 16, 16).unfold(1, 16, 16).flatten(2)
+    patches = ((patches - patches.mean((0, 1))) / patches.std((0, 1))).flatten(0, 1)
+    torch.manual_seed(0)
+    components = patches @ torch.pca_lowrank(patches, 16)[2]
+    tokens = (components / components.std()).view(1, 1, 24, 24, 16)
+    weights = natten_ops.na2d_qk(tokens * 0.3, tokens, kernel_size=9).softmax(-1)
+    title = "24 x 24 tokens, kernel_size=9: patches like that of the query weigh most"
+    draw_attention(photograph, weights[0], (12, 9), title=title, kernel_size=9).savefig(
+        IMAGES / "attention.png", dpi=DPI
+    )
+
+
 def main() -> None:
     """Write every picture."""
     IMAGES.mkdir(exist_ok=True)
@@ -70,6 +90,7 @@ def main() -> None:
         for picture, (title, geometry) in zip(axes, axis_cases):
             draw_all_windows(length, picture, title, **geometry)
         figure.savefig(IMAGES / f"{name}.png", dpi=DPI)
+    draw_weights()
     for name, grid_cases in GRIDS.items():
         figure, axes = new_figure(columns=len(grid_cases))
         for picture, (title, query, geometry) in zip(axes, grid_cases):

@@ -3,7 +3,7 @@
 
 import importlib.metadata
 
-from natten_ops import export, nn
+from natten_ops import compat, export, nn
 from natten_ops._library import library_path, show_config
 from natten_ops.functional import (
     merge_attentions,
@@ -25,6 +25,7 @@ __version__ = importlib.metadata.version("natten-ops")
 
 __all__ = [
     "block_mask",
+    "compat",
     "export",
     "library_path",
     "mask_mod",

@@ -339,3 +339,15 @@ def test_configurations_leave_everything_open():
     assert module.get_bwd_configs_for_cutlass_fmha(*inputs) == [(None, None, None, False)]
     assert module.get_configs_for_flex_fna(*(t.to("meta") for t in inputs)) == []
     assert module.HAS_LIBNATTEN is True
+
+
+def test_volumes_of_015_take_the_first_axis_apart_or_a_cube():
+    """The releases gave the first axis apart; two numbers, by position or name, are a cube's, as in other ranks."""
+    functional = compat.natten("0.15").functional
+    query, key = torch.randn(2, 1, 2, 4, 6, 6, 8).unbind()
+    apart = functional.na3d_qk(query, key, 2, 3, 1, 2)
+    assert torch.equal(apart, natten_ops.na3d_qk(query, key, (2, 3, 3), dilation=(1, 2, 2)))
+    cube = natten_ops.na3d_qk(query, key, 2, dilation=2)
+    assert torch.equal(functional.na3d_qk(query, key, 2, 2), cube)
+    assert torch.equal(functional.na3d_qk(query, key, kernel_size=2, dilation=2), cube)
+    assert torch.equal(functional.na3d_av(cube, key, 2, 2), natten_ops.na3d_av(cube, key, kernel_size=2, dilation=2))

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "tools": {"geometry", "backends", "flops", "functional", "nn"},
     "export": {"ops", "reference"},
     "lowerings": {"geometry", "backends", "ops", "_library"},
-    "__init__": {"_library", "export", "functional", "geometry", "nn"},
+    "__init__": {"_library", "compat", "export", "functional", "geometry", "nn"},
 }
 NO_TORCH = ["geometry/__init__.py", "geometry/params.py", "geometry/tiles.py"]
 PYTHON_FILES = sorted(
@@ -115,7 +115,7 @@ def test_cpp_files_can_be_read_in_one_sitting(path):
 
 MODULES = ["_library", "backends", "flops", "functional.fused", "functional.unfused", "reference", "geometry.params", "geometry.tiles",
            "geometry.masks", "geometry.block_masks", "nn.neighborhood", "ops.merge", "tools.why", "tools.show",
-           "compat.errors", "compat.full_attention", "compat.install", "compat.module", "compat.settings"]  # fmt: skip
+           "compat", "compat.errors", "compat.full_attention", "compat.install", "compat.module", "compat.settings"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)

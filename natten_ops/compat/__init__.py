@@ -2,6 +2,11 @@
 """natten as it was at each level, on natten_ops: for models that were written for it, unchanged. See docs/migration.md.
 
 Nothing new is written here: every function brings its arguments to the order of natten_ops and calls it.
+
+Example:
+    >>> from natten_ops import compat
+    >>> compat.natten(version="0.17.5").__version__
+    '0.17.5'
 """
 
 from natten_ops.compat.errors import ConstraintError

@@ -137,18 +137,19 @@ def qk(
     Where this level has no `kernel_size`, it is read off the bias table. No scale; additional tokens come last.
     """
     table = bias if rpb is None else rpb
-    if kernel_size is None:
+    if kernel_size is None and kernel_size_d is None:
         if not isinstance(table, Tensor) or table.dim() != place.rank + 1:
             what = f"shape {list(table.shape)}" if isinstance(table, Tensor) else f"type {type(table).__name__}"
             raise ConstraintError(
                 f"rpb has {what}; the kernel size is read off it: give [heads{', 2 * kernel_size - 1' * place.rank}]"
             )
         kernel_size = tuple((size + 1) // 2 for size in table.shape[1:])
+    windows = _with_depth(kernel_size_d, kernel_size, dilation_d, dilation)
     return QK[place.rank](
         query,
         key,
-        _with_depth(kernel_size_d, kernel_size),
-        dilation=_with_depth(dilation_d, _or(dilation, 1)),
+        windows[0],
+        dilation=windows[1],
         is_causal=_or(is_causal, False),
         additional_keys=additional_keys,
         rpb=_table_like(table, query),
@@ -171,7 +172,7 @@ def av(
 
     Where this level has no `kernel_size`, it is the side of a window of as many slots as attn has.
     """
-    if kernel_size is None:
+    if kernel_size is None and kernel_size_d is None:
         if not isinstance(attn, Tensor):
             raise ConstraintError(f"attn is a {type(attn).__name__}; give a torch.Tensor")
         side = round(attn.shape[-1] ** (1 / place.rank))
@@ -181,11 +182,12 @@ def av(
                 f"reads the kernel size off it; use a level from 0.14.5 on"
             )
         kernel_size = side
+    windows = _with_depth(kernel_size_d, kernel_size, dilation_d, dilation)
     return AV[place.rank](
         attn,
         value,
-        _with_depth(kernel_size_d, kernel_size),
-        dilation=_with_depth(dilation_d, _or(dilation, 1)),
+        windows[0],
+        dilation=windows[1],
         is_causal=_or(is_causal, False),
         additional_values=additional_values,
     )
@@ -200,9 +202,16 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _with_depth(depth: int | None, value: Any) -> Any:
-    """The 3-D functions of 0.15 give the first axis apart, and one number for the two others."""
-    return value if depth is None else (depth, value, value)
+def _with_depth(kernel_size_d: Any, kernel_size: Any, dilation_d: Any, dilation: Any) -> tuple[Any, Any]:
+    """(kernel size, dilation): the 3-D functions of 0.15 give the first axis apart, and one number for the two others.
+
+    Two numbers by position, which those releases refused, are a cube's kernel size and dilation, as in other ranks.
+    """
+    if kernel_size_d is not None and dilation_d is None and dilation is None:
+        return kernel_size_d, _or(kernel_size, 1)
+    depth = None if kernel_size_d is None else (kernel_size_d, kernel_size, kernel_size)
+    dilation = _or(dilation, 1)
+    return _or(depth, kernel_size), dilation if dilation_d is None else (dilation_d, dilation, dilation)
 
 
 def _tokens(additional: Tensor | None) -> Tensor | None:

@@ -29,7 +29,7 @@ RANKS, FLAT = (1, 2, 3), (1, 2)
 FUNCTIONAL, FLOPS = "natten.functional", "natten.flops"
 CHECKS, UTILS_AND_CHECKS = "natten.utils.checks", "natten.utils natten.utils.checks"
 OLD_CLASS = "NeighborhoodAttention{n}D"
-WINDOW, WINDOW_3D = "kernel_size, dilation", "kernel_size_d, kernel_size, dilation_d, dilation"
+WINDOW, WINDOW_3D = "kernel_size, dilation", "kernel_size_d=None, kernel_size=None, dilation_d=None, dilation=None"
 MORE_KEYS, MORE_VALUES = "additional_keys=None", "additional_values=None"
 DROPS = "qkv_bias=True, qk_scale=None, attn_drop=0.0, proj_drop=0.0"
 FLEX = f"query, key, value, kernel_size, dilation=1, is_causal=False, {MORE_KEYS}, {MORE_VALUES}, xformers_kwargs=None"
