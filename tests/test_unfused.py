@@ -3,6 +3,9 @@
 
 import functools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -141,6 +144,30 @@ def test_results_do_not_depend_on_threads():
     for other in results[1:]:
         for have, want in zip(other, results[0]):
             assert torch.equal(have, want)
+
+
+def everything(name, dtype):
+    """Both halves and all gradients of a named problem, for a process with another instruction set."""
+    problem = halved(NAMED[name])
+    halves = make(problem, dtype)
+    return [*both(halves, problem, ops), *gradients(halves, problem, ops)]
+
+
+@pytest.mark.parametrize("name", ["biased", "everything", "volume"])
+@pytest.mark.parametrize("level", ["default", "avx2"])
+def test_every_instruction_set_gives_the_same_numbers(level, name, tmp_path):
+    """A lower instruction set in a process of its own, against this process."""
+    program = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_unfused as t\n"
+        "torch.save([t.everything(sys.argv[2], d) for d in t.DTYPES], sys.argv[3])"
+    )
+    path = tmp_path / "results.pt"
+    environment = {**os.environ, "NATTEN_OPS_CPU_CAPABILITY": level}
+    command = [sys.executable, "-c", program, os.path.dirname(os.path.abspath(__file__)), name, path]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    for dtype, results in zip(DTYPES, torch.load(path)):
+        for have, want in zip(results, everything(name, dtype)):
+            torch.testing.assert_close(have, want)
 
 
 # ---- rules ---------------------------------------------------------------------------------------------------------
