@@ -28,7 +28,7 @@ K key/value heads; G query heads per key/value head (H = K * G); D head dim; E h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,19 +39,21 @@ from natten_ops import reference
 from natten_ops.ops import fused
 from natten_ops.ops.arguments import lse_dtype
 from natten_ops.ops.merge import merge_attentions
+from natten_ops.ops.unfused_arguments import av_backward_op, av_op, params_of, qk_backward_op, qk_op, split_backward
 from natten_ops.reference import Inputs
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
-    """A table that makes of every `natten` op gathered windows: softmax(scale * q.k + bias over the gathered keys) . v
+    """A table that makes of `natten` ops gathered windows: softmax(scale * q.k + bias over the gathered keys) . v
 
     Give it to `ExportedProgram.run_decompositions`. The result has the numbers of the ops, serves the same sizes, and
     loads where natten_ops is not installed. Every option and dtype is taken; 16-bit inputs are computed in float32. The
     price is memory: the gathered keys and values are tokens times window, so where `natten` ops can run, keep them.
 
     Returns:
-        A new dict {op: function}, of the forward, its gradients and merging. Other ops stay as they are; for core ATen
-        update `torch.export.default_decompositions()` with it.
+        A new dict {op: function}, of the fused and the unfused ops, their gradients and merging. Other ops stay as they
+        are, jagged attention too, whose lengths are data; for core ATen update `torch.export.default_decompositions()`
+        with it.
 
     Raises:
         Nothing itself. A decomposed program refuses sizes as the program that it was made of does, with one exception:
@@ -75,6 +77,8 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     table[fused.forward_op] = _forward
     table[fused.backward_op] = _backward
     table[ops.merge_attentions.default] = merge_attentions
+    table[qk_op], table[qk_backward_op] = reference.qk, _qk_backward
+    table[av_op], table[av_backward_op] = reference.av, _av_backward
     return table
 
 
@@ -110,8 +114,54 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     (settings, needed, _), (grad_out, grad_lse, _, _, *tensors) = fused._split_backward(*args)
     inputs = Inputs(*tensors)
     gradients = reference.backward(grad_out, grad_lse, inputs, *settings.geometry(), settings.scale)
-    chosen = [getattr(gradients, name) if need else None for name, need in zip(fused.GRADIENTS, needed)]
-    return tuple(inputs.query.new_empty([0]) if gradient is None else gradient for gradient in chosen)
+    return _chosen([getattr(gradients, name) for name in fused.GRADIENTS], needed, inputs.query)
+
+
+def _qk_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Gradients of the query, the key, the bias table and the additional keys of na_qk."""
+    (windows, needed), (grad, query, key, rpb, additional) = split_backward(*args)
+    inputs, slots, mask, lifted = _lifted(windows, query, key, additional, rpb)
+    grad_BNKGS = _weights(grad, mask, lifted)
+    of_keys = torch.einsum("bnkgs,bnkgd->bnskd", grad_BNKGS, lifted.query_BNKGD)
+    of_query = torch.einsum("bnkgs,bnskd->bnkgd", grad_BNKGS, lifted.keys_BNSKD)
+    found = reference.lower(reference.Lifted(of_query, of_keys, of_keys, grad_BNKGS.sum(0)), inputs, slots)
+    return _chosen([_first(found.query), _first(found.key), found.rpb, _first(found.additional_keys)], needed, query)
+
+
+def _av_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Gradients of the weights, the value and the additional values of na_av."""
+    (windows, needed), (grad, attn, value, additional) = split_backward(*args)
+    inputs, slots, mask, lifted = _lifted(windows, grad, value, additional)
+    of_attn = torch.einsum("bnkgd,bnskd->bnkgs", lifted.query_BNKGD, lifted.keys_BNSKD)
+    of_attn = of_attn.flatten(2, 3).masked_fill(~mask[:, :, None], 0.0).transpose(1, 2).reshape(attn.shape)
+    of_values = torch.einsum("bnkgs,bnkgd->bnskd", _weights(attn, mask, lifted), lifted.query_BNKGD)
+    found = reference.lower(reference.Lifted(lifted.query_BNKGD, of_values, of_values, None), inputs, slots)
+    return _chosen([of_attn.to(attn.dtype), _first(found.key), _first(found.additional_keys)], needed, value)
+
+
+def _lifted(windows: Any, query: Tensor, key: Tensor, additional: Any, rpb: Any = None) -> tuple[Any, Any, Any, Any]:
+    """(inputs, slots, mask, lifted tensors) of heads-first tensors, as the reference has them."""
+    inputs = reference.heads_last(query, key, additional, rpb)
+    slots = reference.window_slots(inputs, params_of(windows), None)
+    mask = reference.slot_mask(inputs, slots)
+    return inputs, slots, mask, reference.mask_lifted(reference.lift(inputs, slots), mask)
+
+
+def _weights(attn: Tensor, mask: Tensor, lifted: Any) -> Tensor:
+    """[B, H, *axes, S] to [B, N, K, 1, S], zeros in slots that are not seen."""
+    weights_BNHS = attn.to(lifted.keys_BNSKD.dtype).flatten(2, -2).transpose(1, 2)
+    return weights_BNHS.masked_fill(~mask[:, :, None], 0.0).unsqueeze(3)
+
+
+def _first(tokens: Tensor | None) -> Tensor | None:
+    """Heads first again."""
+    return None if tokens is None else tokens.movedim(-2, 1).contiguous()
+
+
+def _chosen(gradients: Sequence[Tensor | None], needed: Sequence[bool], like: Tensor) -> tuple[Tensor, ...]:
+    """Of size 0 where they are not needed, as the ops have them."""
+    kept = (gradient if need else None for gradient, need in zip(gradients, needed))
+    return tuple(like.new_empty([0]) if gradient is None else gradient for gradient in kept)
 
 
 def _gathered(tokens: Tensor, index_NS: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def forward(inputs: Inputs, params: NAParams, box: Box | None, scale: float | No
     """out and lse, by the definition."""
     slots = window_slots(inputs, params, box)
     mask = slot_mask(inputs, slots)
-    lifted = _mask_lifted(lift(inputs, slots), mask)
+    lifted = mask_lifted(lift(inputs, slots), mask)
     weights_BNKGS, lse_BNKG = _softmax(_logits(lifted, _scale(inputs, scale)), mask)
     out_BNKGE = torch.einsum("bnkgs,bnske->bnkge", weights_BNKGS, lifted.values_BNSKE)
     return _as_out(out_BNKGE, inputs), lse_BNKG.reshape(inputs.query.shape[:-1])
@@ -114,7 +114,7 @@ def backward(
     """Gradients of <out, grad_out> + <lse, grad_lse>; recomputes the weights, so that it can be differentiated again."""
     slots = window_slots(inputs, params, box)
     mask, factor = slot_mask(inputs, slots), _scale(inputs, scale)
-    lifted = _mask_lifted(lift(inputs, slots), mask)
+    lifted = mask_lifted(lift(inputs, slots), mask)
     weights_BNKGS, _ = _softmax(_logits(lifted, factor), mask)
     grad_BNKGE, grad_lse_BNKG = _lift_gradients(grad_out, grad_lse, lifted, inputs)
     grad_weights = torch.einsum("bnkge,bnske->bnkgs", grad_BNKGE, lifted.values_BNSKE)
@@ -135,7 +135,7 @@ def forward_jvp(
     """Tangents of out and lse, spelled out: no torch.func transform can be started inside a forward-mode rule."""
     slots = window_slots(inputs, params, box)
     mask, factor = slot_mask(inputs, slots), _scale(inputs, scale)
-    primal, tangent = (_mask_lifted(lift(t, slots), mask) for t in (inputs, tangents))
+    primal, tangent = (mask_lifted(lift(t, slots), mask) for t in (inputs, tangents))
     weights, _ = _softmax(_logits(primal, factor), mask)
     weights_t, lse_t = _weights_jvp(weights, _logits_jvp(primal, tangent, factor))
     out_t = torch.einsum("bnkgs,bnske->bnkge", weights_t, primal.values_BNSKE)
@@ -155,7 +155,7 @@ def backward_jvp(
     """Tangents of `backward`: the product rule, line by line."""
     slots = window_slots(inputs, params, box)
     mask, factor = slot_mask(inputs, slots), _scale(inputs, scale)
-    primal, tangent = (_mask_lifted(lift(t, slots), mask) for t in (inputs, tangents))
+    primal, tangent = (mask_lifted(lift(t, slots), mask) for t in (inputs, tangents))
     weights, _ = _softmax(_logits(primal, factor), mask)
     weights_t, _ = _weights_jvp(weights, _logits_jvp(primal, tangent, factor))
     grad, grad_lse = _lift_gradients(*grads, primal, inputs)
@@ -203,10 +203,10 @@ def qk(
     Returns:
         `[B, H, *spatial, prod(kernel_size) + T]`, -inf in the slots of keys that a causal query does not see.
     """
-    inputs = _heads_last(query, key, additional_keys, rpb)
+    inputs = heads_last(query, key, additional_keys, rpb)
     slots = window_slots(inputs, make_params(query.dim() - 3, kernel_size, stride, dilation, is_causal), None)
     mask = slot_mask(inputs, slots)
-    logits_BNKGS = _logits(_mask_lifted(lift(inputs, slots), mask), 1.0)
+    logits_BNKGS = _logits(mask_lifted(lift(inputs, slots), mask), 1.0)
     attn_BNHS = logits_BNKGS.masked_fill(~mask[:, :, None, None], -math.inf).flatten(2, 3)
     return attn_BNHS.transpose(1, 2).reshape(query.shape[:-1] + attn_BNHS.shape[-1:]).to(query.dtype)
 
@@ -226,15 +226,15 @@ def av(
     Args:
         attn: `[B, H, *spatial, prod(kernel_size) + T]`; value: `[B, H, *spatial, D]`; additional_values: `[B, H, T, D]`.
     """
-    inputs = _heads_last(value, value, additional_values)
+    inputs = heads_last(value, value, additional_values)
     slots = window_slots(inputs, make_params(value.dim() - 3, kernel_size, stride, dilation, is_causal), None)
     mask = slot_mask(inputs, slots)
-    values_BNSHE = _mask_lifted(lift(inputs, slots), mask).values_BNSKE
+    values_BNSHE = mask_lifted(lift(inputs, slots), mask).values_BNSKE
     weights_BNHS = attn.to(values_BNSHE.dtype).flatten(2, -2).transpose(1, 2).masked_fill(~mask[:, :, None], 0.0)
     return torch.einsum("bnhs,bnshe->bhne", weights_BNHS, values_BNSHE).reshape(value.shape).to(value.dtype)
 
 
-def _heads_last(query: Tensor, key: Tensor, additional: Tensor | None, rpb: Tensor | None = None) -> Inputs:
+def heads_last(query: Tensor, key: Tensor, additional: Tensor | None, rpb: Tensor | None = None) -> Inputs:
     """As the inputs of a fused attention whose values are its keys."""
     keys = key.movedim(1, -2)
     extra = None if additional is None else additional.transpose(1, 2)
@@ -365,7 +365,7 @@ def _logits_jvp(primal: Lifted, tangent: Lifted, scale: float) -> Tensor:
     return product if tangent.bias_NKGS is None else product + tangent.bias_NKGS
 
 
-def _mask_lifted(lifted: Lifted, mask: Tensor) -> Lifted:
+def mask_lifted(lifted: Lifted, mask: Tensor) -> Lifted:
     """Zero the keys and values that are not seen, so that a NaN there stays inert in every product and gradient."""
     hidden = ~mask[..., None, None]
     keys, values = lifted.keys_BNSKD.masked_fill(hidden, 0.0), lifted.values_BNSKE.masked_fill(hidden, 0.0)

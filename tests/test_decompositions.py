@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from halves import halved, make
 from samples import EMPTY, NAMED, Problem, differentiable, run, with_tensors
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -73,7 +74,8 @@ def entry(op, *args, **kwargs):
 
 def test_the_table_has_every_op_and_is_new_each_time():
     names = {op.name().removeprefix("natten::") for op in decompositions()}
-    assert names == {name for name in _library.OWN_OPS if not name.startswith("_")}
+    # Not jagged attention: how many tokens a sample has is data, which no graph can look at.
+    assert names == {name for name in _library.OWN_OPS if not name.startswith("_") and "jagged" not in name}
     decompositions().clear()
     assert decompositions()
 
@@ -132,6 +134,42 @@ def test_gradients_that_are_not_needed_are_empty():
     settings = problem.settings(), [False, True, False, False, True, False], True
     have = fused._call_backward(settings, [out, None, out, lse, *inputs], entry)
     torch.testing.assert_close(have, fused._call_backward(settings, [out, None, out, lse, *inputs]))
+
+
+@pytest.mark.parametrize("name", ["plain", "biased", "strided", "volume", "no_additional", "no_batch"])
+def test_both_halves_and_their_gradients_decompose(name):
+    """The backward ops too: ATen alone, the numbers of the kernels; what is not needed is empty."""
+    problem = halved({**NAMED, **EMPTY}[name])
+    tensors, lists = make(problem), problem.lists()
+    query, key, attn, value, rpb, keys, values = tensors
+    natten = torch.ops.natten
+    calls = {
+        natten.na_qk.default: ((query, key, *lists), {"rpb": rpb, "additional_keys": keys}),
+        natten.na_av.default: ((attn, value, *lists), {"additional_values": values}),
+        natten.na_qk_backward.default: ((attn, query, key, *lists, rpb, keys, [True, False, True, True]), {}),
+        natten.na_av_backward.default: ((query, attn, value, *lists, values, [True, True, False]), {}),
+    }
+    for op, (args, kwargs) in calls.items():
+        torch.testing.assert_close(decompositions()[op](*args, **kwargs), op(*args, **kwargs))
+
+
+@pytest.mark.parametrize("any_size", [False, True])
+def test_a_layer_that_shows_its_weights_decomposes(any_size):
+    class Shown(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = natten_ops.nn.NeighborhoodAttention2D(16, 2, (3, 2), is_causal=(True, False))
+
+        def forward(self, x):
+            out, weights = self.layer(x, return_attention=True)
+            return out, weights.amax(-1)
+
+    model = Shown().eval()
+    shapes = (DYNAMIC,) if any_size else None
+    program = decomposed(model, (torch.randn(2, 6, 7, 16),), shapes)
+    for size in IMAGES if any_size else [(2, 6, 7, 16)]:
+        x = torch.randn(size)
+        torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 def test_a_decomposed_program_trains(dynamic):
