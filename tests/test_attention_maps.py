@@ -42,6 +42,7 @@ def test_slots_of_additional_tokens_are_left_out():
 
 
 def test_the_picture_is_brightest_at_the_largest_weight():
+    pytest.importorskip("matplotlib", reason="pictures need the extra natten-ops[demo]")
     weights = weights_of(kernel_size=5)
     figure = draw_attention(torch.ones(32, 36, 3).numpy(), weights, (4, 4), head=1, kernel_size=5)
     veil = torch.tensor(figure.axes[0].images[1].get_array()[..., 3])
@@ -51,10 +52,9 @@ def test_the_picture_is_brightest_at_the_largest_weight():
 
 
 def test_the_command_draws_a_saved_map(tmp_path, capsys):
-    import matplotlib.image
-
+    matplotlib = pytest.importorskip("matplotlib.image", reason="pictures need the extra natten-ops[demo]")
     image, saved, out = tmp_path / "image.png", tmp_path / "map.pt", tmp_path / "out.png"
-    matplotlib.image.imsave(image, torch.rand(40, 45, 3).numpy())
+    matplotlib.imsave(image, torch.rand(40, 45, 3).numpy())
     torch.save(weights_of(), saved)
     command = ["show", "--shape", "8x9", "--kernel-size", "3,4", "--dilation", "2,1", "--causal", "false,true"]
     command += ["--query", "2,3", "--out", str(out)]

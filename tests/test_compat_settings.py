@@ -382,7 +382,12 @@ def test_an_unchanged_script_runs_on_a_level(tmp_path):
 
     done = module("--level", "0.17", script, "--level", "x")
     assert (done.returncode, done.stdout) == (3, "['--level', 'x'] beside 0.17.5 __main__\n")
-    done = module("--level", "0.3", script)
-    assert done.returncode == 2 and "use one of 0.14," in done.stderr and done.stderr.count("\n") == 1
-    done = module("--level", "0.17", tmp_path / "none.py")
-    assert done.returncode == 2 and "none.py: no such file" in done.stderr and done.stderr.count("\n") == 1
+    for arguments, message in (
+        (("--level", "0.3", script), "use one of 0.14,"),
+        (("--level", "0.17", tmp_path / "none.py"), "none.py: no such file"),
+    ):
+        done = module(*arguments)
+        ours = [
+            line for line in done.stderr.splitlines() if "natten_ops.compat:" in line
+        ]  # torch 2.11 has lines of its own
+        assert done.returncode == 2 and len(ours) == 1 and message in ours[0]
