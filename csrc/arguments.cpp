@@ -137,6 +137,19 @@ void check_extras(const Arguments& a) {
 
 }  // namespace
 
+void check_saved(const Tensor& query, const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
+                 const Tensor& lse, const Integers& out_shape, const Integers& lse_shape) {
+  auto require = [&](const char* name, const Tensor& tensor, const Integers& shape, ScalarType dtype) {
+    check_shape(name, tensor, shape);
+    check_dtype(name, tensor, dtype);
+    check_device(name, tensor, query);
+  };
+  require("out", out, out_shape, query.scalar_type());
+  if (grad_out) require("grad_out", *grad_out, out_shape, query.scalar_type());
+  require("lse", lse, lse_shape, lse_dtype(query));
+  if (grad_lse) require("grad_lse", *grad_lse, lse_shape, lse_dtype(query));
+}
+
 void check(const Arguments& a) {
   const int64_t rank = a.rank();
   STD_TORCH_CHECK(rank >= 1 && rank <= kAxes, "natten: query has shape ", shape_text(a.query), ", expected [batch, 1 to 3 axes, heads, dim]");

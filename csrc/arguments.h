@@ -39,6 +39,11 @@ void check_shape(const char* name, const Tensor& tensor, const Integers& expecte
 void check_dtype(const char* name, const Tensor& tensor, ScalarType expected);
 void check_device(const char* name, const Tensor& tensor, const Tensor& query);
 
+// Raises unless what the forward returned, and its gradients where they are there, have these shapes, and the dtypes and the
+// device that go with the query.
+void check_saved(const Tensor& query, const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
+                 const Tensor& lse, const Integers& out_shape, const Integers& lse_shape);
+
 // Raises unless each list has `rank` entries that lie within their bounds.
 void check_windows(const Windows& windows, int64_t rank);
 // Raises unless the window of that axis fits into `length` tokens.

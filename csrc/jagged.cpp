@@ -140,9 +140,7 @@ Six jagged_backward_cpu(
   check(j);
   STD_TORCH_CHECK(needed.size() == kGradients, "natten: needed has ", needed.size(), " entries, expected ", int(kGradients));
   const Integers rows{query.size(0), query.size(1)}, whole{query.size(0), query.size(1), value.size(2)};
-  check_shape("out", out, whole), check_shape("lse", lse, rows);
-  if (grad_out) check_shape("grad_out", *grad_out, whole), check_dtype("grad_out", *grad_out, query.scalar_type());
-  if (grad_lse) check_shape("grad_lse", *grad_lse, rows), check_dtype("grad_lse", *grad_lse, lse_dtype(query));
+  check_saved(query, grad_out, grad_lse, out, lse, whole, rows);
 
   const Tensor* inputs[kGradients] = {&query, &key, &value, rpb ? &*rpb : nullptr, additional_keys ? &*additional_keys : nullptr,
                                       additional_values ? &*additional_values : nullptr};

@@ -82,23 +82,6 @@ std::vector<Tensor> make_gradients(const Arguments& a, const Flags& needed, Prob
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-void check_saved(const Arguments& a, const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
-                 const Tensor& lse, const Flags& needed) {
-  STD_TORCH_CHECK(needed.size() == kGradients, "natten: needed has ", needed.size(), " entries, expected ", int(kGradients));
-  Integers shape = sizes_of(a.query);
-  auto require = [&](const char* name, const Tensor& tensor, ScalarType dtype) {
-    check_shape(name, tensor, shape);
-    check_dtype(name, tensor, dtype);
-    check_device(name, tensor, a.query);
-  };
-  shape.back() = a.value.size(-1);
-  require("out", out, a.query.scalar_type());
-  if (grad_out) require("grad_out", *grad_out, a.query.scalar_type());
-  shape.pop_back();
-  require("lse", lse, lse_dtype(a.query));
-  if (grad_lse) require("grad_lse", *grad_lse, lse_dtype(a.query));
-}
-
 Six backward_cpu(
     OptionalTensor grad_out, OptionalTensor grad_lse, const Tensor& out, const Tensor& lse, const Tensor& query,
     const Tensor& key, const Tensor& value, Integers kernel_size, Integers stride, Integers dilation, Flags is_causal,
@@ -110,7 +93,11 @@ Six backward_cpu(
   check_backend(backend);
   check(a);
   rpb = dense(rpb);
-  check_saved(a, grad_out, grad_lse, out, lse, needed);
+  STD_TORCH_CHECK(needed.size() == kGradients, "natten: needed has ", needed.size(), " entries, expected ", int(kGradients));
+  Integers shape = sizes_of(query), rows = shape;
+  shape.back() = value.size(-1);
+  rows.pop_back();
+  check_saved(query, grad_out, grad_lse, out, lse, shape, rows);
   Problem p = make_problem(a);
   std::vector<Tensor> g = make_gradients(a, needed, p);
   Six result{g[0], g[1], g[2], g[3], g[4], g[5]};

@@ -26,7 +26,7 @@ _ATEN, _PRIMS = torch.ops.aten, torch.ops.prims
 
 def halves_of(weighted_sum: Any) -> Any | None:
     """The na_qk node whose softmax an na_av node sums values by, if nobody else reads what is between; else None."""
-    weights = _only_used_here(weighted_sum.args[0])
+    weights = _only_used_here(weighted_sum.args[0])  # None has no target: it is no division
     exponentials: Any = weights.args[0] if _is(weights, _ATEN.div.Tensor) else None
     if not _is(exponentials, _ATEN.exp.default) or len(exponentials.users) != 2:
         return None
@@ -36,9 +36,11 @@ def halves_of(weighted_sum: Any) -> Any | None:
     logits = shifted.args[0]
     if len(shifted.users) != 1 or not _is_over_slots(shifted.args[1], _ATEN.amax.default, logits):
         return None
-    if len(logits.users) != 2:
+    if len(logits.users) != 2:  # the maximum and the difference
         return None
-    scores = logits if _is(logits, qk_op) else _only_used_here(logits)
+    scores = logits
+    if _is(logits, _PRIMS.convert_element_type.default):
+        scores = logits.args[0] if len(logits.args[0].users) == 1 else None
     return scores if _is(scores, qk_op) and _fit(scores, weighted_sum) else None
 
 
@@ -48,10 +50,12 @@ def _is(node: Any, target: Any) -> bool:
 
 def _only_used_here(node: Any) -> Any:
     """The node; below a change of dtype what was changed, where nothing else uses it. None if something else does."""
+    if len(node.users) != 1:
+        return None
     if _is(node, _PRIMS.convert_element_type.default):
         source = node.args[0]
         return source if len(source.users) == 1 else None
-    return node if len(node.users) == 1 else None
+    return node
 
 
 def _is_over_slots(node: Any, target: Any, source: Any) -> bool:
@@ -63,12 +67,14 @@ def _is_over_slots(node: Any, target: Any, source: Any) -> bool:
 
 
 def _fit(scores: Any, weighted_sum: Any) -> bool:
-    """Whether both halves have the same windows, and both or neither additional tokens."""
+    """Whether both halves have the same windows and dtype, and both or neither additional tokens."""
     extras = [
         node.kwargs.get(name) for node, name in ((scores, "additional_keys"), (weighted_sum, "additional_values"))
     ]
     same = list(map(list, scores.args[2:6])) == list(map(list, weighted_sum.args[2:6]))
-    return same and (extras[0] is None) == (extras[1] is None) and len(scores.users) <= 2
+    tokens = [*scores.args[:2], weighted_sum.args[1], *(node for node in extras if node is not None)]
+    one_dtype = len({node.meta["val"].dtype for node in tokens}) == 1
+    return same and one_dtype and (extras[0] is None) == (extras[1] is None)
 
 
 def fused(query: Any, key: Any, value: Any, *extras: Any, windows: Any, has_rpb: bool) -> Any:
@@ -77,12 +83,16 @@ def fused(query: Any, key: Any, value: Any, *extras: Any, windows: Any, has_rpb:
     rest = list(extras)
     rpb = rest.pop(0) if has_rpb else None
     additional = [tokens.transpose(1, 2) for tokens in rest] or [None, None]
-    return FORWARD(query, key, value, *windows, 1.0, *additional, rpb=rpb)[0].movedim(-2, 1)
+    out = FORWARD(query, key, value, *windows, 1.0, *additional, rpb=rpb)[0]
+    return out.movedim(-2, 1).contiguous()  # as the halves leave it; Inductor fuses the copy with what follows
 
 
 def _spare_the_way_back(heads_first: Any) -> None:
-    """Most models bring the output heads last again, into memory of its own: that is how the fused op has it."""
-    heads_last, dims = heads_first.args
+    """Most models bring the output heads last again, into memory of its own: that is how the fused op has it.
+
+    One such copy is spared; a second one must not share memory with it.
+    """
+    heads_last, dims = heads_first.args[0].args
     for back in list(heads_first.users):
         if not _is(back, _ATEN.permute.default) or [dims[i] for i in back.args[1]] != list(range(len(dims))):
             continue
@@ -90,6 +100,7 @@ def _spare_the_way_back(heads_first: Any) -> None:
             if _is(copy, _ATEN.clone.default) and copy.kwargs.get("memory_format") is torch.contiguous_format:
                 copy.replace_all_uses_with(heads_last)
                 _erase_unused(copy)
+                return
 
 
 def _erase_unused(node: Any) -> None:

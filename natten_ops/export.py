@@ -77,8 +77,8 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     table[fused.forward_op] = _forward
     table[fused.backward_op] = _backward
     table[ops.merge_attentions.default] = merge_attentions
-    table[qk_op], table[qk_backward_op] = reference.qk, _qk_backward
-    table[av_op], table[av_backward_op] = reference.av, _av_backward
+    table[qk_op], table[qk_backward_op] = _contiguous(reference.qk), _qk_backward
+    table[av_op], table[av_backward_op] = _contiguous(reference.av), _av_backward
     return table
 
 
@@ -117,12 +117,17 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     return _chosen([getattr(gradients, name) for name in fused.GRADIENTS], needed, inputs.query)
 
 
+def _contiguous(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function with its result laid out as the op's: programs may view it."""
+    return lambda *args, **kwargs: function(*args, **kwargs).contiguous()
+
+
 def _qk_backward(*args: Any) -> tuple[Tensor, ...]:
     """Gradients of the query, the key, the bias table and the additional keys of na_qk."""
     (windows, needed), (grad, query, key, rpb, additional) = split_backward(*args)
     inputs, slots, mask, lifted = _lifted(windows, query, key, additional, rpb)
     grad_BNKGS = _weights(grad, mask, lifted)
-    of_keys = torch.einsum("bnkgs,bnkgd->bnskd", grad_BNKGS, lifted.query_BNKGD)
+    of_keys = _seen(torch.einsum("bnkgs,bnkgd->bnskd", grad_BNKGS, lifted.query_BNKGD), mask)
     of_query = torch.einsum("bnkgs,bnskd->bnkgd", grad_BNKGS, lifted.keys_BNSKD)
     found = reference.lower(reference.Lifted(of_query, of_keys, of_keys, grad_BNKGS.sum(0)), inputs, slots)
     return _chosen([_first(found.query), _first(found.key), found.rpb, _first(found.additional_keys)], needed, query)
@@ -134,9 +139,11 @@ def _av_backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, slots, mask, lifted = _lifted(windows, grad, value, additional)
     of_attn = torch.einsum("bnkgd,bnskd->bnkgs", lifted.query_BNKGD, lifted.keys_BNSKD)
     of_attn = of_attn.flatten(2, 3).masked_fill(~mask[:, :, None], 0.0).transpose(1, 2).reshape(attn.shape)
-    of_values = torch.einsum("bnkgs,bnkgd->bnskd", _weights(attn, mask, lifted), lifted.query_BNKGD)
+    of_values = _seen(torch.einsum("bnkgs,bnkgd->bnskd", _weights(attn, mask, lifted), lifted.query_BNKGD), mask)
     found = reference.lower(reference.Lifted(lifted.query_BNKGD, of_values, of_values, None), inputs, slots)
-    return _chosen([of_attn.to(attn.dtype), _first(found.key), _first(found.additional_keys)], needed, value)
+    return _chosen(
+        [of_attn.to(attn.dtype).contiguous(), _first(found.key), _first(found.additional_keys)], needed, value
+    )
 
 
 def _lifted(windows: Any, query: Tensor, key: Tensor, additional: Any, rpb: Any = None) -> tuple[Any, Any, Any, Any]:
@@ -151,6 +158,11 @@ def _weights(attn: Tensor, mask: Tensor, lifted: Any) -> Tensor:
     """[B, H, *axes, S] to [B, N, K, 1, S], zeros in slots that are not seen."""
     weights_BNHS = attn.to(lifted.keys_BNSKD.dtype).flatten(2, -2).transpose(1, 2)
     return weights_BNHS.masked_fill(~mask[:, :, None], 0.0).unsqueeze(3)
+
+
+def _seen(of_slots_BNSKD: Tensor, mask: Tensor) -> Tensor:
+    """0 in slots that are not seen: their weight is, but 0 times NaN is NaN, and would reach another key."""
+    return of_slots_BNSKD.masked_fill(~mask[..., None, None], 0.0)
 
 
 def _first(tokens: Tensor | None) -> Tensor | None:

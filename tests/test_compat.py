@@ -351,3 +351,31 @@ def test_volumes_of_015_take_the_first_axis_apart_or_a_cube():
     assert torch.equal(functional.na3d_qk(query, key, 2, 2), cube)
     assert torch.equal(functional.na3d_qk(query, key, kernel_size=2, dilation=2), cube)
     assert torch.equal(functional.na3d_av(cube, key, 2, 2), natten_ops.na3d_av(cube, key, kernel_size=2, dilation=2))
+    with pytest.raises(TypeError, match="misses dilation_d"):  # half of the longer form is no cube
+        functional.na3d_qk(query, key, kernel_size_d=2, kernel_size=3)
+
+
+def test_arguments_of_another_level_are_named():
+    query = torch.randn(1, 9, 9, 2, 8)
+    with pytest.raises(compat.ConstraintError, match="argument 7 of na1d, na2d and na3d is rpb at 0.17"):
+        compat.natten("0.17").functional.na2d(query, query, query, 7, 1, False, 0.125)
+    with pytest.raises(compat.ConstraintError, match="attn is without dimensions"):
+        compat.natten("0.14").functional.natten2dav(torch.tensor(1.0), query, 1)
+
+
+def test_options_of_attention_are_a_dict_without_our_backends():
+    query = torch.randn(1, 9, 2, 8)
+    na1d = compat.natten("0.21").na1d
+    for options, message in (([1], "attention_kwargs is a list"), ({"backend": "reference"}, "give it as backend=")):
+        with pytest.raises(compat.ConstraintError, match=message):
+            na1d(query, query, query, 3, attention_kwargs=options)
+
+
+def test_a_patched_module_goes_with_its_install():
+    module = compat.install_as_natten(version="0.21")
+    na2d = module.functional.na2d
+    module.functional.na2d = "patched"
+    compat.uninstall()
+    assert compat.install_as_natten(version="0.21").functional.na2d is na2d
+    compat.uninstall()
+    assert compat.natten("0.21").functional.na2d is na2d

@@ -15,7 +15,7 @@ from natten_ops.compat import levels
 ROOT = Path(__file__).parents[1]
 
 QKV = "query, key, value"
-WINDOW, WINDOW_3D = "kernel_size, dilation", "kernel_size_d=None, kernel_size=None, dilation_d=None, dilation=None"
+WINDOW, WINDOW_3D = "kernel_size, dilation", "kernel_size_d, kernel_size, dilation_d, dilation"
 DROPS = "qkv_bias=True, qk_scale=None, attn_drop=0.0, proj_drop=0.0"
 TILING = (
     "backend=None, {0}, {1}, backward_{0}, backward_{1}, backward_kv_splits=None, backward_use_pt_reduction=False, "
@@ -77,7 +77,7 @@ CLASS_3D_015 = {
         "NeighborhoodAttention3D"
     )
 }
-CLASS_014 = f"dim, kernel_size, num_heads, {DROPS}, dilation=None, *, bias=True"
+CLASS_014 = f"dim, kernel_size, num_heads, {DROPS}, dilation=None, bias=True"
 CLASS_017 = (
     f"dim, num_heads, kernel_size, dilation=1, is_causal=False, rel_pos_bias=False, {DROPS}, use_experimental_ops=False"
 )

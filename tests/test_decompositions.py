@@ -150,7 +150,23 @@ def test_both_halves_and_their_gradients_decompose(name):
         natten.na_av_backward.default: ((query, attn, value, *lists, values, [True, True, False]), {}),
     }
     for op, (args, kwargs) in calls.items():
-        torch.testing.assert_close(decompositions()[op](*args, **kwargs), op(*args, **kwargs))
+        have, want = decompositions()[op](*args, **kwargs), op(*args, **kwargs)
+        torch.testing.assert_close(have, want)
+        for ours, theirs in zip(have, want) if isinstance(have, tuple) else [(have, want)]:
+            assert ours.is_contiguous() and theirs.is_contiguous()  # a program may view it
+
+
+def test_gradients_of_halves_keep_what_is_hidden_inert():
+    """NaN in one causal query reaches the keys that it sees, and no other: as in the kernels."""
+    query, key = torch.randn(2, 1, 1, 6, 3).unbind()
+    query[0, 0, 0] = torch.nan
+    lists, natten = ([3], [1], [1], [True]), torch.ops.natten
+    attn = torch.randn(1, 1, 6, 3)
+    for op, args in (
+        (natten.na_qk_backward.default, (attn, query, key, *lists, None, None, [True] * 4)),
+        (natten.na_av_backward.default, (query, attn, key, *lists, None, [True] * 3)),
+    ):
+        torch.testing.assert_close(decompositions()[op](*args), op(*args), equal_nan=True)
 
 
 @pytest.mark.parametrize("any_size", [False, True])

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import DTYPES
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import natten_ops
 from natten_ops import reference
@@ -83,6 +84,12 @@ def assert_right(tensors, lengths, windows, dtype):
         assert worst(have, want) <= TOLERANCE[dtype] * max(1.0, want.abs().max().item() if want.numel() else 1.0)
 
 
+def sentence(function, *args, **kwargs):
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [3, 40])  # of few samples each has all threads, many share them out
 def test_lines_of_every_dtype(dtype, count):
@@ -152,7 +159,7 @@ def test_compiled_lines_are_one_graph(backend):
         return natten_ops.na1d(query * 0.5, key, value, kernel_size=3, dilation=2) * 2
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for lengths in ([7, 12, 9], [6, 30, 8, 15]):
+    for lengths in ([7, 12, 9], [6, 30, 8, 15], [21, 6], [8, 9, 10, 11, 12]):
         offsets = offsets_of(lengths)
         tensors = [lines(t, offsets).detach().requires_grad_() for t in values_of(lengths, torch.float32)[:3]]
         results = []
@@ -165,9 +172,60 @@ def test_compiled_lines_are_one_graph(backend):
     assert counter.frame_count <= 2
 
 
+def test_compiled_lines_of_other_samples_are_refused():
+    query = lines(draw(21, 2, 8), offsets_of([5, 9, 7]))
+    other = lines(draw(21, 2, 8), offsets_of([7, 7, 7]))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k: natten_ops.na1d(q, k, k, kernel_size=3), fullgraph=True, backend="aot_eager")
+    assert "key has samples of other lengths than query" in sentence(compiled, query, other)
+
+
+def test_second_derivatives_and_forward_mode_say_the_way_out():
+    """Never zeros in silence: also where the first gradient comes in as a constant."""
+    lengths, offsets = [6, 9], offsets_of([6, 9])
+    query, key, value = values_of(lengths)[:3]
+
+    def attend(q):
+        return jagged_op(q, key, value, offsets, [3], [1], [1], [False])[0].sum()
+
+    leaf = query.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(attend(leaf), leaf, create_graph=True)
+    assert "first derivatives" in sentence(slope.sum().backward)
+    inner = torch.func.grad(attend)
+    assert "first derivatives" in sentence(torch.func.grad(lambda q: inner(q).sin().sum()), query)
+    assert "key_mask" in sentence(torch.func.jvp, attend, (query,), (query,))
+    torch.testing.assert_close(inner(query), slope.detach())
+
+
+def test_flops_of_lines_are_those_of_their_samples():
+    lengths = [6, 9, 14]
+    tensors = [t.requires_grad_() for t in values_of(lengths)[:3]]
+    counts = []
+    for attend in (by_op, None):
+        with FlopCounterMode(display=False) as counter:
+            if attend is not None:
+                out = attend([*tensors, None, None, None], lengths, ([3], [1], [2], [True]))[0]
+                torch.autograd.grad(out.sum(), tensors)
+            else:
+                for a, b in zip(offsets_of(lengths).tolist(), offsets_of(lengths).tolist()[1:]):
+                    sample = [t[None, a:b] for t in tensors]
+                    out = natten_ops.na1d(*sample, kernel_size=3, dilation=2, is_causal=True)
+                    torch.autograd.grad(out.sum(), tensors)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_offsets_of_32_bits():
+    lengths = [6, 9]
+    query = draw(15, 2, 8)
+    short = lines(query, offsets_of(lengths).int())
+    have = natten_ops.na1d(short, short, short, kernel_size=3)
+    assert torch.equal(have.values(), by_op([query] * 3 + [None] * 3, lengths, ([3], [1], [1], [False]))[0])
+
+
 def test_autocast_of_lines():
     lengths = [6, 9]
-    tensors = values_of(lengths, torch.float32, rpb=3)
+    tensors = values_of(lengths, torch.float32, rpb=3, additional=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, _ = by_op(tensors, lengths, ([3], [1], [1], [False]))
     cast = [t if t is None else t.bfloat16() for t in tensors[:5]] + [tensors[5]]
@@ -236,19 +294,13 @@ def test_halves_of_lines_make_the_fused_attention():
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
-def sentence(function, *args, **kwargs):
-    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
-        function(*args, **kwargs)
-    return str(caught.value)
-
-
 def test_sentences():
     offsets = offsets_of([9, 5, 7])
     query = lines(draw(21, 2, 8), offsets)
     other = lines(draw(21, 2, 8), offsets_of([9, 6, 6]))
     grid = grids(2, 2, 8)
     na1d, na2d = natten_ops.na1d, natten_ops.na2d
-    k3 = {"kernel_size": 3}
+    k3, extra = {"kernel_size": 3}, draw(2, 1, 2, 8)
     found = {
         "half nested": sentence(na1d, query, query.values()[None], query, **k3),
         "two layouts": sentence(na1d, query, torch.nested.nested_tensor(list(query.unbind())), query, **k3),
@@ -266,9 +318,12 @@ def test_sentences():
         "grid sizes": sentence(na2d, grid, torch.nested.nested_tensor(list(grid.unbind())[::-1]), grid, **k3),
         "halves": sentence(natten_ops.na1d_qk, query.transpose(1, 2), query.values()[None], **k3),
         "halves window": sentence(natten_ops.na1d_qk, query.transpose(1, 2), query.transpose(1, 2), kernel_size=6),
-        "raw offsets": sentence(jagged_op, *[query.values()] * 3, offsets + 1, [3], [1], [1], [False]),
-        "raw primitive": sentence(torch.ops.natten.na1d, query, query, query, [3]),
-        "raw window": sentence(jagged_op, *[query.values()] * 3, offsets, [6], [1], [1], [False]),
+        "rows of grids": sentence(na2d, grid, grid, grid, **k3, additional_keys=extra, additional_values=extra),
+        "rows of halves": sentence(
+            natten_ops.na1d_qk, *[query.transpose(1, 2)] * 2, **k3, additional_keys=draw(1, 2, 1, 8)
+        ),
+        "table beside dense": sentence(na1d, *[query.values()[None]] * 3, **k3, rpb=query),
+        "no samples": sentence(natten_ops.na1d_qk, *[lines(draw(0, 2, 8), offsets_of([])).transpose(1, 2)] * 2, **k3),
     }
     assert_expected_inline(
         "\n".join(f"{name}: {text.split('natten: ')[-1]}" for name, text in found.items()),
@@ -287,10 +342,26 @@ grid window: sample 1: kernel_size[1]=5 with dilation[1]=1 spans 5 > 4 tokens on
 grid sizes: key has [6, 6] tokens in sample 0, query [5, 6]; they must be equal
 halves: key is a dense tensor and query nested; nest all of ['query', 'key']
 halves window: sample 1: kernel_size[0]=6 with dilation[0]=1 spans 6 > 5 tokens on axis 0; lower one of them, or pad the grid
-raw offsets: offsets begin at 1 and end at 22, expected 0 and 21, the number of tokens
-raw primitive: natten.neighborhood_attention_lse.default
-raw window: kernel_size[0]=6 with dilation[0]=1 spans more than the 5 tokens of sample 1""",  # noqa: E501
+rows of grids: additional_keys has 2 rows for 3 samples; give one a sample
+rows of halves: additional_keys has 1 rows for 3 samples; give one a sample
+table beside dense: rpb is a nested tensor, which the op itself does not take; natten_ops.na1d and its kin take nested queries, keys and values, all of them, and nothing else nested
+no samples: a nested tensor without samples; give at least one""",  # noqa: E501
     )
+
+
+def test_the_raw_ops_name_the_argument():
+    values, offsets = draw(21, 2, 8), offsets_of([9, 5, 7])
+    backward = torch.ops.natten.neighborhood_attention_jagged_backward
+    three, rows, windows = [values] * 3, values[..., 0], ([3], [1], [1], [False])
+    rest = *three, offsets, *windows, None, None, None, None, [True] * 6
+    for words, op, arguments in (
+        ("offsets begin at 1 and end at 22, expected 0 and 21", jagged_op, (*three, offsets + 1, *windows)),
+        ("spans more than the 5 tokens of sample 1", jagged_op, (*three, offsets, [6], *windows[1:])),
+        ("out has dtype Float, expected Double", backward, (values, None, values.float(), rows, *rest)),
+        ("lse has dtype Float, expected Double", backward, (values, None, values, rows.float(), *rest)),
+        ("grad_out has shape", backward, (rows, None, values, rows, *rest)),
+    ):
+        assert words in sentence(op, *arguments)
 
 
 def test_a_compiled_window_larger_than_a_sample_names_it():

@@ -129,6 +129,9 @@ def test_what_is_not_seen_takes_part_in_nothing():
     dirty = [g for g in ops.na_qk_backward(poisoned.attn, *halves[:2], *problem.lists(), None, halves[5], [True] * 4)]
     for have, want in zip(dirty, clean):
         assert torch.equal(have, want)
+    table = torch.full((2, 5, 3), math.inf, dtype=torch.float64)  # its tangent, in forward mode
+    _, slope = torch.func.jvp(lambda rpb: qk(halves._replace(rpb=rpb), problem), (torch.ones_like(table),), (table,))
+    assert (slope[hidden] == 0).all()
     of_attn = ops.na_av_backward(halves.value, *poisoned[2:4], *problem.lists(), halves[6], [True] * 3)[0]
     assert (of_attn[hidden] == 0).all()
 

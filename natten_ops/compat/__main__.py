@@ -8,16 +8,9 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from natten_ops import compat
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+from natten_ops._command_line import OneLineParser
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from natten_ops import backends, flops, functional
-from natten_ops.compat.errors import ConstraintError
+from natten_ops.compat.errors import ConstraintError, ConstraintTypeError
 from natten_ops.compat.rows import Place
 from natten_ops.compat.types import KernelSchedule
 from natten_ops.geometry.params import integer, make_params
@@ -63,11 +63,19 @@ def our_backend(name: str | None, kernel_schedule: object = None) -> str | None:
 
 def check_options(name: str, options: dict[str, Any] | None, known: Collection[str]) -> None:
     """Raise ValueError for an entry that would have an effect which natten_ops does not have."""
+    if options is not None and not isinstance(options, dict):
+        raise ConstraintTypeError(f"{name} is a {type(options).__name__}; give a dict of options, or None")
     for key in options or ():
         if key not in known:
             raise ConstraintError(
                 f"{name}[{key!r}] has no counterpart in natten_ops; leave it out, or give one of {tuple(known)}"
             )
+
+
+def _check_inner_backend(name: str | None) -> None:
+    """natten's names have no effect there; one of ours would have, and is not dropped silently."""
+    if our_backend(name) is not None:
+        raise ConstraintError(f"attention_kwargs['backend']={name!r} is a backend of natten_ops; give it as backend=")
 
 
 # ---- fused and unfused attention -----------------------------------------------------------------------------------
@@ -99,7 +107,7 @@ def fused(
     `backend` may name a kernel of natten; it, tile shapes, schedules and `torch_compile` have no effect on results.
     """
     check_options("attention_kwargs", attention_kwargs, ATTENTION_TUNING)
-    our_backend((attention_kwargs or {}).get("backend"))
+    _check_inner_backend((attention_kwargs or {}).get("backend"))
     check_options("xformers_kwargs", xformers_kwargs, ())
     return FUSED[place.rank](
         query,
@@ -137,19 +145,18 @@ def qk(
     Where this level has no `kernel_size`, it is read off the bias table. No scale; additional tokens come last.
     """
     table = bias if rpb is None else rpb
-    if kernel_size is None and kernel_size_d is None:
+    if kernel_size is None:
         if not isinstance(table, Tensor) or table.dim() != place.rank + 1:
             what = f"shape {list(table.shape)}" if isinstance(table, Tensor) else f"type {type(table).__name__}"
             raise ConstraintError(
                 f"rpb has {what}; the kernel size is read off it: give [heads{', 2 * kernel_size - 1' * place.rank}]"
             )
         kernel_size = tuple((size + 1) // 2 for size in table.shape[1:])
-    windows = _with_depth(kernel_size_d, kernel_size, dilation_d, dilation)
     return QK[place.rank](
         query,
         key,
-        windows[0],
-        dilation=windows[1],
+        _with_depth(kernel_size_d, kernel_size),
+        dilation=_with_depth(dilation_d, _or(dilation, 1)),
         is_causal=_or(is_causal, False),
         additional_keys=additional_keys,
         rpb=_table_like(table, query),
@@ -172,9 +179,10 @@ def av(
 
     Where this level has no `kernel_size`, it is the side of a window of as many slots as attn has.
     """
-    if kernel_size is None and kernel_size_d is None:
-        if not isinstance(attn, Tensor):
-            raise ConstraintError(f"attn is a {type(attn).__name__}; give a torch.Tensor")
+    if kernel_size is None:
+        if not isinstance(attn, Tensor) or attn.dim() == 0:
+            what = "without dimensions" if isinstance(attn, Tensor) else f"a {type(attn).__name__}"
+            raise ConstraintTypeError(f"attn is {what}; give a tensor [batch, heads, tokens.., slots]")
         side = round(attn.shape[-1] ** (1 / place.rank))
         if side**place.rank != attn.shape[-1]:
             raise ConstraintError(
@@ -182,12 +190,11 @@ def av(
                 f"reads the kernel size off it; use a level from 0.14.5 on"
             )
         kernel_size = side
-    windows = _with_depth(kernel_size_d, kernel_size, dilation_d, dilation)
     return AV[place.rank](
         attn,
         value,
-        windows[0],
-        dilation=windows[1],
+        _with_depth(kernel_size_d, kernel_size),
+        dilation=_with_depth(dilation_d, _or(dilation, 1)),
         is_causal=_or(is_causal, False),
         additional_values=additional_values,
     )
@@ -202,16 +209,9 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _with_depth(kernel_size_d: Any, kernel_size: Any, dilation_d: Any, dilation: Any) -> tuple[Any, Any]:
-    """(kernel size, dilation): the 3-D functions of 0.15 give the first axis apart, and one number for the two others.
-
-    Two numbers by position, which those releases refused, are a cube's kernel size and dilation, as in other ranks.
-    """
-    if kernel_size_d is not None and dilation_d is None and dilation is None:
-        return kernel_size_d, _or(kernel_size, 1)
-    depth = None if kernel_size_d is None else (kernel_size_d, kernel_size, kernel_size)
-    dilation = _or(dilation, 1)
-    return _or(depth, kernel_size), dilation if dilation_d is None else (dilation_d, dilation, dilation)
+def _with_depth(depth: int | None, value: Any) -> Any:
+    """The 3-D functions of 0.15 give the first axis apart, and one number for the two others."""
+    return value if depth is None else (depth, value, value)
 
 
 def _tokens(additional: Tensor | None) -> Tensor | None:
@@ -221,6 +221,11 @@ def _tokens(additional: Tensor | None) -> Tensor | None:
 
 def _table_like(table: Tensor | None, query: Tensor) -> Tensor | None:
     """natten cast the table to the dtype of the keys; ours may stay float32 beside 16-bit inputs, which is exact."""
+    if table is not None and not isinstance(table, Tensor):
+        raise ConstraintTypeError(
+            f"rpb={table!r} is a {type(table).__name__}; give a bias table, or None (argument 7 of na1d, na2d and na3d is "
+            f"rpb at 0.17, and scale from 0.20 on)"
+        )
     if table is None or not isinstance(query, Tensor) or (table.dtype == torch.float32 and query.dtype.itemsize == 2):
         return table
     return table.to(query.dtype)

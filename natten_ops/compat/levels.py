@@ -29,7 +29,7 @@ RANKS, FLAT = (1, 2, 3), (1, 2)
 FUNCTIONAL, FLOPS = "natten.functional", "natten.flops"
 CHECKS, UTILS_AND_CHECKS = "natten.utils.checks", "natten.utils natten.utils.checks"
 OLD_CLASS = "NeighborhoodAttention{n}D"
-WINDOW, WINDOW_3D = "kernel_size, dilation", "kernel_size_d=None, kernel_size=None, dilation_d=None, dilation=None"
+WINDOW, WINDOW_3D = "kernel_size, dilation", "kernel_size_d, kernel_size, dilation_d, dilation"
 MORE_KEYS, MORE_VALUES = "additional_keys=None", "additional_values=None"
 DROPS = "qkv_bias=True, qk_scale=None, attn_drop=0.0, proj_drop=0.0"
 FLEX = f"query, key, value, kernel_size, dilation=1, is_causal=False, {MORE_KEYS}, {MORE_VALUES}, xformers_kwargs=None"
@@ -50,7 +50,7 @@ CLASSES = (
     *(
         Row(
             names, "natten natten.natten{n}d", AT_014,
-            f"dim, kernel_size, num_heads, {DROPS}, dilation=None, *, bias=True", None, ranks, class_of,
+            f"dim, kernel_size, num_heads, {DROPS}, dilation=None, bias=True", None, ranks, class_of,
         )
         for names, ranks in ((OLD_CLASS, FLAT), ("NeighborhoodAttention", (2,)))
     ),
@@ -81,8 +81,8 @@ UNFUSED = (
     Row("natten{n}dqk", FUNCTIONAL, AT_0145, f"query, key, {WINDOW}", functions.qk, FLAT),
     Row("natten{n}dqkrpb", FUNCTIONAL, AT_0145, f"query, key, rpb, {WINDOW}", functions.qk, FLAT),
     Row("natten{n}dav", FUNCTIONAL, AT_0145, f"attn, value, {WINDOW}", functions.av, FLAT),
-    *(
-        row
+    *(  # volumes give their first axis apart; a cube's two numbers, which those releases refused, are taken too
+        row._replace(shorter=row.parameters.replace(WINDOW_3D, WINDOW)) if window == WINDOW_3D else row
         for window, ranks in ((WINDOW, FLAT), (WINDOW_3D, (3,)))
         for row in (
             Row("na{n}d_qk natten{n}dqk", FUNCTIONAL, AT_015, f"query, key, {window}, {MORE_KEYS}", functions.qk, ranks),

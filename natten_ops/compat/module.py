@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from natten_ops.compat.levels import levels_with, names_at
-from natten_ops.compat.rows import Place, resolve
+from natten_ops.compat.rows import resolve
 
 ROOT = "natten"
 ORIGIN = __file__
@@ -54,26 +54,35 @@ def natten(version: str) -> ModuleType:
         >>> torch.equal(dilated, strided)
         False
     """
-    return tree(*resolve(version))[ROOT]
+    return _kept(*resolve(version))[ROOT]
 
 
 @functools.cache
+def _kept(level: str, release: str) -> dict[str, ModuleType]:
+    """The tree that `natten` gives every time; installs have trees of their own, which their users may patch."""
+    return tree(level, release)
+
+
+@functools.cache
+def _object(level: str, module: str, name: str) -> Any:
+    """What a name stands for: one class, one function, in whichever tree."""
+    entry = names_at(level)[module][name]
+    return entry.row.build(entry.place)
+
+
 def tree(level: str, release: str) -> dict[str, ModuleType]:
-    """Dotted name -> module, for a release of a level."""
+    """Dotted name -> module, for a release of a level; new modules at every call."""
     names = names_at(level)
     modules: dict[str, ModuleType] = {}
     for path in sorted({prefix for name in names for prefix in _prefixes(name)}):
         modules[path] = ModuleType(path, f"{path} {release} on natten_ops; see docs/migration.md of natten_ops.")
-    built: dict[Place, Any] = {}
     for path, module in modules.items():
         is_package = path == ROOT or any(other.startswith(f"{path}.") for other in modules)
         spec = importlib.machinery.ModuleSpec(path, Loader(modules), origin=ORIGIN, is_package=is_package)
         attributes: dict[str, Any] = {"__spec__": spec, "__loader__": spec.loader, "__package__": spec.parent}
         attributes |= {"__file__": ORIGIN} | ({"__path__": []} if is_package else {})
         for name, entry in names.get(path, {}).items():
-            if entry.place not in built:
-                built[entry.place] = entry.row.build(entry.place)
-            attributes[name] = built[entry.place]
+            attributes[name] = _object(level, entry.place.module, entry.place.name)
         attributes["__all__"] = sorted(names.get(path, ()))
         attributes["__getattr__"] = _missing(path, level)
         vars(module).update(attributes)

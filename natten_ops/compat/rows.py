@@ -73,6 +73,7 @@ class Row(NamedTuple):
     target: Any
     ranks: tuple[int, ...] = (0,)
     make: Callable[[Row, Place], Any] | None = None
+    shorter: str | None = None  # parameters that are taken as well, where the call gives these and no others
 
     def entries(self, level: str) -> list[tuple[Place, tuple[str, ...]]]:
         """(place, modules) of every name of the row at a level."""
@@ -150,6 +151,14 @@ class Binder(NamedTuple):
                 raise TypeError(f"{self.title} misses {name}; its arguments: {self._all()}")
         return bound
 
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether these arguments are all of this order's, each once, and none that it needs is missing."""
+        given = [*self.order[: len(args)], *kwargs]
+        known = set(self.order) | set(self.defaults)
+        return (
+            len(args) <= len(self.order) and len(set(given)) == len(given) and set(self.required) <= set(given) <= known
+        )
+
     def _all(self) -> str:
         return ", ".join(dict.fromkeys((*self.order, *self.defaults)))
 
@@ -157,12 +166,15 @@ class Binder(NamedTuple):
 def function_of(row: Row, place: Place) -> Callable[..., Any]:
     """The function that a row describes, with its signature, its place as its home, and compat's error."""
     signature = parse(row.parameters)
-    binder = Binder.of(f"{place.name}() of natten {place.level}", signature)
+    title = f"{place.name}() of natten {place.level}"
+    binder = Binder.of(title, signature)
+    shorter = None if row.shorter is None else Binder.of(title, parse(row.shorter))
     target = row.target
 
     def function(*args: Any, **kwargs: Any) -> Any:
+        chosen = shorter if shorter is not None and shorter.takes(args, kwargs) else binder
         try:
-            return target(place, **binder.bind(args, kwargs))
+            return target(place, **chosen.bind(args, kwargs))
         except (ValueError, TypeError) as error:
             raise constraint(error) from error
 

@@ -59,6 +59,15 @@ def _check_sizes(named: Named, parts: Sequence[Sequence[Tensor]], axes: slice) -
                 )
 
 
+def _check_rows(named: Named, samples: int) -> None:
+    """Dense tensors with one row a sample, and samples at all."""
+    if samples == 0:
+        raise ValueError("a nested tensor without samples; give at least one")
+    for name, tensor in named:
+        if tensor is not None and tensor.shape[0] != samples:
+            raise ValueError(f"{name} has {tensor.shape[0]} rows for {samples} samples; give one a sample")
+
+
 def _naming(sample: int, call: Callable[[], Any]) -> Any:
     """The call's result; a mistake in it names the sample."""
     try:
@@ -84,6 +93,7 @@ def attend(
         return _attend_lines(inputs, params, scale)
     parts = [tensor.unbind() for tensor in inputs[:3]]
     _check_sizes(named[:3], parts, slice(0, params.rank))
+    _check_rows(named[3:5], len(parts[0]))
     results = []
     for i, rows in enumerate(zip(*parts)):
         extras = [None if t is None else t[i : i + 1] for t in inputs[3:5]]
@@ -100,19 +110,19 @@ def _attend_lines(inputs: Any, params: NAParams, scale: float | None) -> tuple[T
             f"torch's jagged layout has one ragged dimension and {params.rank}-D samples have {params.rank}; "
             "nest them with layout=torch.strided"
         )
-    offsets = lines_of("query", query)
+    offsets = lines_of("query", query).long()  # torch takes int32 too
     for name, tensor in (("key", key), ("value", value)):
-        _check_offsets(name, lines_of(name, tensor), offsets)
+        _check_offsets(name, lines_of(name, tensor), lines_of("query", query))
     values = [tensor.values() for tensor in (query, key, value)]
     if not torch.compiler.is_compiling():
         _check_lengths(offsets, params)
     device = values[0].device.type
-    seen = values
+    seen = [*values, additional_keys, additional_values]
     if torch.is_autocast_enabled(device):
-        seen = [autocast_tensor(t, torch.get_autocast_dtype(device), device) for t in values]
+        seen = [autocast_tensor(t, torch.get_autocast_dtype(device), device) for t in seen]
     if rpb is not None:
         rpb = rpb.to(lse_dtype(seen[0]))
-    check_jagged(seen[0], seen[1], seen[2], offsets, params, additional_keys, additional_values, rpb)
+    check_jagged(seen[0], seen[1], seen[2], offsets, params, seen[3], seen[4], rpb)
     out, lse = torch.ops.natten.neighborhood_attention_jagged(
         *values, offsets, *params, scale, additional_keys, additional_values, rpb=rpb
     )
@@ -140,7 +150,10 @@ def like_lines(values: Tensor, like: Any) -> Tensor:
 
 
 def _check_offsets(name: str, offsets: Tensor, expected: Tensor) -> None:
-    if offsets is expected or torch.compiler.is_compiling():  # the values' shapes are compared there
+    if offsets is expected:
+        return
+    if torch.compiler.is_compiling() and offsets.shape == expected.shape:  # what they hold is known when it runs
+        torch._assert_async((offsets == expected).all(), f"{name} has samples of other lengths than query")
         return
     if offsets.shape != expected.shape:
         raise ValueError(
@@ -175,6 +188,7 @@ def by_halves(nested: Named, dense: Named, rank: int, call: Callable[..., Tensor
         else:
             parts.append(list(tensor.unbind()))
     _check_sizes(nested, parts, slice(1, 1 + rank))
+    _check_rows(dense, len(parts[0]))
     outs = []
     for i, samples in enumerate(zip(*parts)):
         extras = [None if t is None else t[i : i + 1] for _, t in dense]

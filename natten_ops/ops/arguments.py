@@ -67,7 +67,10 @@ def check_kinds(named: Sequence[tuple[str, Any]], required: int) -> None:
                 f"{name} is {'None' if tensor is None else f'a {type(tensor).__name__}'}; give a torch.Tensor"
             )
         if tensor.is_nested:
-            raise ValueError(f"{name} is a nested tensor, which the op does not take; natten_ops.na1d and its kin do")
+            raise ValueError(
+                f"{name} is a nested tensor, which the op itself does not take; natten_ops.na1d and its kin take nested "
+                "queries, keys and values, all of them, and nothing else nested"
+            )
         if tensor.layout != torch.strided or tensor.is_quantized:
             kind, way = ("quantised", "dequantize") if tensor.is_quantized else (str(tensor.layout), "to_dense")
             raise ValueError(f"{name} is a {kind} tensor; give a dense one: {name}.{way}()")

@@ -2,7 +2,7 @@
 """The life of fused attention over lines of different lengths: values `[tokens, heads, dim]` and offsets of the samples.
 
 An op of its own, because how many tokens a sample has is data: a compiler must not look into it. Schemas and CPU kernels
-are C++ (`csrc/jagged.cpp`). Derivatives are of first order.
+are C++ (`csrc/jagged.cpp`). Derivatives are of first order; whoever asks for more is told the way out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from natten_ops import backends, flops
@@ -27,7 +26,16 @@ from natten_ops.ops._register import (
     register_missing_cuda,
     wake,
 )
-from natten_ops.ops.arguments import autocast_tensor, check_dtypes_of, check_kinds, check_table, expect, lse_dtype
+from natten_ops.ops.arguments import (
+    autocast_tensor,
+    check_dtypes_of,
+    check_kinds,
+    check_saved,
+    check_table,
+    expect,
+    lse_dtype,
+)
+from natten_ops.reference import Inputs
 
 FORWARD, BACKWARD = "neighborhood_attention_jagged", "neighborhood_attention_jagged_backward"
 forward_op = torch.ops.natten.neighborhood_attention_jagged.default
@@ -66,6 +74,16 @@ def _split(
 def _call(settings: Lines, tensors: Sequence[Any], call: Callable[..., Any] = direct) -> Any:
     *rows, additional_keys, additional_values, rpb = tensors
     return call(forward_op, *rows, *settings, additional_keys, additional_values, rpb=rpb)
+
+
+def _split_backward(*args: Any) -> tuple[tuple[Lines, Sequence[bool]], list[Any]]:
+    """((windows and scale, needed), the two gradients, out, lse and TENSORS)"""
+    return (args[8:13], args[16]), [*args[:8], *args[13:16]]
+
+
+def _call_backward(settings: Any, tensors: Sequence[Any], call: Callable[..., Any] = direct) -> Any:
+    lines, needed = settings
+    return call(backward_op, *tensors[:8], *lines, *tensors[8:], needed)
 
 
 def check_jagged(
@@ -126,11 +144,15 @@ def _fake_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     wake()
-    inputs = args[4:8]
-    extras = dict(zip(("additional_keys", "additional_values", "rpb"), args[13:16]))
-    by_name = {**dict(zip(TENSORS, inputs)), **extras}
-    wanted = [by_name[name] if need else None for name, need in zip(GRADIENTS, args[16])]
-    return tuple(inputs[0].new_empty([0]) if t is None else t.new_empty(t.shape) for t in wanted)
+    (settings, needed), (*saved, query, key, value, offsets, additional_keys, additional_values, rpb) = _split_backward(
+        *args
+    )
+    params = make_params(1, *settings[:4])
+    check_jagged(query, key, value, offsets, params, additional_keys, additional_values, rpb)
+    check_saved(saved[0], saved[1], saved[2], saved[3], Inputs(query, key, value), needed)
+    by_name = dict(zip(TENSORS, (query, key, value, offsets, additional_keys, additional_values, rpb)))
+    wanted = [by_name[name] if need else None for name, need in zip(GRADIENTS, needed)]
+    return tuple(query.new_empty([0]) if t is None else t.new_empty(t.shape) for t in wanted)
 
 
 torch.library.register_fake(f"natten::{FORWARD}", _fake_forward, lib=LIBRARY)
@@ -138,6 +160,12 @@ torch.library.register_fake(f"natten::{BACKWARD}", _fake_backward, lib=LIBRARY)
 
 
 # ---- derivatives ---------------------------------------------------------------------------------------------------
+
+
+_ONLY_FIRST = (
+    "attention over jagged lines has first derivatives in reverse mode only; pad the lines to one length and hide what is "
+    "not there with key_mask: dense attention has every derivative"
+)
 
 
 class _Forward(SingleLevelFunction):
@@ -152,22 +180,39 @@ class _Forward(SingleLevelFunction):
         return out, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         *tensors, out, lse = ctx.saved_tensors
         wanted = dict(zip(TENSORS, ctx.needs_input_grad[1:]))
         if grad_out is None and grad_lse is None:
             return (None,) * (1 + len(tensors))
         needed = [wanted[name] for name in GRADIENTS]
-        *rows, additional_keys, additional_values, rpb = tensors
-        gradients = backward_op(
-            grad_out, grad_lse, out, lse, *rows, *ctx.settings, additional_keys, additional_values, rpb, needed
-        )
+        gradients = _call_backward((ctx.settings, needed), [grad_out, grad_lse, out, lse, *tensors])
         by_name = dict(zip(GRADIENTS, gradients))
         return None, *(by_name[name] if wanted[name] else None for name in TENSORS)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_ONLY_FIRST)
+
+
+class _Backward(SingleLevelFunction):
+    """The gradients, which have none of their own: whoever asks for them is told, instead of getting zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: Any, *tensors: Any) -> Any:
+        return _call_backward(settings, tensors, below_autograd)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise NotImplementedError(_ONLY_FIRST)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_ONLY_FIRST)
+
 
 register_autograd(FORWARD, forward_op, _Forward, _split)
+register_autograd(BACKWARD, backward_op, _Backward, _split_backward)
 
 
 # ---- autocast, FLOPs and devices -----------------------------------------------------------------------------------
@@ -185,14 +230,27 @@ def _casting(*args: Any, **kwargs: Any) -> Callable[[torch.dtype, str], Any]:
 register_autocast(FORWARD, _casting)
 
 
-@register_flop_formula([torch.ops.natten.neighborhood_attention_jagged])
-def _forward_flops(*shapes: Any, out_val: Any = None, out_shape: Any = None, **kwargs: Any) -> int:
-    """As of one line with all tokens: every query has its whole window; causal ones at the beginnings see fewer keys."""
-    settings, (query, _, value, _, additional, *_) = _split(*shapes, **kwargs)
-    params = make_params(1, *settings[:3])
-    tokens = additional[1] if additional else 0
-    count: int = flops.forward_flops((1, *query), (1, *value), params, tokens)
-    return count
+def _lengths(query: Tensor, offsets: Tensor) -> list[int]:
+    """Tokens of each sample; of all together where offsets hold no data, which is exact but for causal lines."""
+    if offsets.device.type == "meta" or isinstance(offsets, torch._subclasses.FakeTensor):
+        return [query.shape[0]]
+    return offsets.diff().tolist()  # type: ignore[no-any-return]
+
+
+@register_flop_formula([torch.ops.natten.neighborhood_attention_jagged], get_raw=True)
+def _forward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    settings, (query, _, value, offsets, additional, *_) = _split(*args, **kwargs)
+    params, tokens = make_params(1, *settings[:4]), 0 if additional is None else additional.shape[1]
+    rows = [((1, n, *query.shape[1:]), (1, n, *value.shape[1:])) for n in _lengths(query, offsets)]
+    return sum(flops.forward_flops(of_query, of_value, params, tokens) for of_query, of_value in rows)
+
+
+@register_flop_formula([torch.ops.natten.neighborhood_attention_jagged_backward], get_raw=True)
+def _backward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    (settings, needed), (*_, query, _, value, offsets, additional, _, _) = _split_backward(*args)
+    params, tokens = make_params(1, *settings[:4]), 0 if additional is None else additional.shape[1]
+    rows = [((1, n, *query.shape[1:]), (1, n, *value.shape[1:])) for n in _lengths(query, offsets)]
+    return sum(flops.backward_flops(of_query, of_value, params, needed, tokens) for of_query, of_value in rows)
 
 
 for name in (FORWARD, BACKWARD):

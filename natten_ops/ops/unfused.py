@@ -139,7 +139,9 @@ def _biases(windows: Windows, rpb: Tensor | None, query: Tensor, additional: Ten
     inputs = reference.Inputs(tokens, tokens, tokens)
     slots = reference.window_slots(inputs, params_of(windows), None)
     entries = rpb.to(query.dtype).flatten(1).index_select(1, slots.bias_NS.flatten()).unflatten(1, slots.bias_NS.shape)
-    entries = torch.nn.functional.pad(entries * slots.visible_NS, (0, 0 if additional is None else additional.shape[2]))
+    entries = torch.nn.functional.pad(
+        entries.masked_fill(~slots.visible_NS, 0.0), (0, 0 if additional is None else additional.shape[2])
+    )
     return entries.unflatten(1, query.shape[2:-1]).expand(query.shape[0], *[-1] * (query.dim() - 1))
 
 

@@ -7,11 +7,12 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from natten_ops import tools
+from natten_ops._command_line import OneLineParser
 from natten_ops.backends import ALL_DTYPES
 from natten_ops.tools.show import new_figure
 
@@ -23,13 +24,6 @@ EXAMPLES = """examples:
   python -m natten_ops.tools show --shape 12x16 --kernel-size 5 --query 0,3 --image photo.png --out window.png
   python -m natten_ops.tools show --shape 12x16 --kernel-size 5 --query 0,3 --image photo.png --attention map.pt --out map.png
 """
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def integers(text: str) -> tuple[int, ...]:
