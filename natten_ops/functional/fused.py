@@ -249,9 +249,10 @@ def _attend(
     more: dict[str, Any] = {} if box is None else box._asdict()
     if number:
         more["backend"] = number
-    for extra in ("rpb", "key_mask"):
-        if (tensor := getattr(inputs, extra)) is not None:
-            more[extra] = tensor
+    if inputs.rpb is not None:
+        more["rpb"] = inputs.rpb
+    if inputs.key_mask is not None:
+        more["key_mask"] = inputs.key_mask
     recording = autocasts or torch.compiler.is_compiling() or records_derivatives(inputs)
     out, lse = (direct if recording else past_autograd)(forward_op, *core, **more)
     return (out, lse) if return_lse else out

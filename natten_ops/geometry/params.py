@@ -190,6 +190,8 @@ def make_params(
 
 
 def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    if type(value) is int and value >= 1:  # the common case, once for all axes
+        return (value,) * rank
     values = tuple(integer(f"{name}[{axis}]", entry) for axis, entry in enumerate(_broadcast(name, value, rank, "int")))
     for axis, number in enumerate(values):
         if number < 1:
@@ -212,6 +214,8 @@ def check_integer(name: str, value: Any) -> None:
 
 
 def _flags(name: str, value: Any, rank: int) -> tuple[bool, ...]:
+    if type(value) is bool:
+        return (value,) * rank
     values = _broadcast(name, value, rank, "bool")
     for axis, flag in enumerate(values):
         # numpy has bools of its own; Dynamo of torch 2.11 cannot trace a type's name, and need not for a plain bool

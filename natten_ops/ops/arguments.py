@@ -59,6 +59,8 @@ def check_inputs(inputs: Inputs, params: NAParams, box: Box | None) -> None:
 
 def check_kinds(named: Sequence[tuple[str, Any]], required: int) -> None:
     """Dense tensors on the device of the first; only those after the `required` first may be None."""
+    first, leader = named[0]
+    device = leader.device if isinstance(leader, Tensor) else None
     for position, (name, tensor) in enumerate(named):
         if tensor is None and position >= required:
             continue
@@ -74,9 +76,8 @@ def check_kinds(named: Sequence[tuple[str, Any]], required: int) -> None:
         if tensor.layout != torch.strided or tensor.is_quantized:
             kind, way = ("quantised", "dequantize") if tensor.is_quantized else (str(tensor.layout), "to_dense")
             raise ValueError(f"{name} is a {kind} tensor; give a dense one: {name}.{way}()")
-        first, leader = named[0]
-        if tensor.device != leader.device:
-            raise ValueError(f"{name} is on {tensor.device}, {first} on {leader.device}; move them to one device")
+        if position and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, {first} on {device}; move them to one device")
 
 
 def check_dtypes_of(named: Sequence[tuple[str, Tensor | None]]) -> None:
@@ -85,12 +86,12 @@ def check_dtypes_of(named: Sequence[tuple[str, Tensor | None]]) -> None:
     assert leader is not None
     dtype = leader.dtype
     for name, tensor in named:
-        wide_table = tensor is not None and tensor.dtype == torch.float32 and dtype.itemsize == 2
-        if tensor is None or name == "key_mask" or (name == "rpb" and wide_table):
+        if tensor is None or name == "key_mask" or (tensor is not leader and tensor.dtype == dtype):
             continue
         if tensor.dtype not in ALL_DTYPES:
             raise ValueError(f"{name} has dtype {tensor.dtype}; cast it to one of {DTYPE_NAMES}")
-        if tensor.dtype != dtype:
+        wide_table = name == "rpb" and tensor.dtype == torch.float32 and dtype.itemsize == 2
+        if tensor.dtype != dtype and not wide_table:
             raise ValueError(f"{name} has dtype {tensor.dtype}, {first} {dtype}; cast them to one dtype")
 
 
