@@ -138,7 +138,8 @@ void check_extras(const Arguments& a) {
 }  // namespace
 
 void check_saved(const Tensor& query, const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
-                 const Tensor& lse, const Integers& out_shape, const Integers& lse_shape) {
+                 const Tensor& lse, const Integers& out_shape, const Integers& lse_shape, const Flags& needed) {
+  STD_TORCH_CHECK(needed.size() == kGradients, "natten: needed has ", needed.size(), " entries, expected ", int(kGradients));
   auto require = [&](const char* name, const Tensor& tensor, const Integers& shape, ScalarType dtype) {
     check_shape(name, tensor, shape);
     check_dtype(name, tensor, dtype);

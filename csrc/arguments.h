@@ -40,9 +40,9 @@ void check_dtype(const char* name, const Tensor& tensor, ScalarType expected);
 void check_device(const char* name, const Tensor& tensor, const Tensor& query);
 
 // Raises unless what the forward returned, and its gradients where they are there, have these shapes, and the dtypes and the
-// device that go with the query.
+// device that go with the query, and `needed` has an entry for each gradient.
 void check_saved(const Tensor& query, const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
-                 const Tensor& lse, const Integers& out_shape, const Integers& lse_shape);
+                 const Tensor& lse, const Integers& out_shape, const Integers& lse_shape, const Flags& needed);
 
 // Raises unless each list has `rank` entries that lie within their bounds.
 void check_windows(const Windows& windows, int64_t rank);

@@ -100,7 +100,6 @@ inline void run_general(const cpu::BackwardKernels& kernels, const Problem& p) {
 // Zeros that the gradients of keys (or values) are added to: the gradient itself where it has the type of sums and rows
 // of whole vectors, else a padded copy, which the last pass rounds. `view` makes rows of a tensor.
 template <class View> Tensor make_sums(Tensor& gradient, const Rows& rows, Rows& sums, const View& view) {
-  if (!rows.data) return gradient;
   const ScalarType dtype = lse_dtype(gradient);
   const int64_t lanes = dtype == ScalarType::Double ? 8 : 16;  // of the widest vectors
   Integers shape = sizes_of(gradient);

@@ -116,8 +116,52 @@ std::tuple<Tensor, Tensor> jagged_cpu(
 
 // What a backward needs beside the problems themselves; all of it lives as long as they run.
 struct Buffers {
-  Tensor sum_key, sum_value, delta, row_lse, partials, tables;
+  OptionalTensor sum_key, sum_value, delta, row_lse, partials;
+  OptionalTensor tables;  // a gradient of the bias table for each sample
 };
+
+// Gradients of all samples together; size 0 where one is not wanted.
+std::vector<Tensor> make_gradients(const Jagged& j, const Flags& needed, bool empty) {
+  const Tensor* inputs[kGradients] = {&j.query, &j.key, &j.value, j.rpb ? &*j.rpb : nullptr,
+                                      j.additional_keys ? &*j.additional_keys : nullptr, j.additional_values ? &*j.additional_values : nullptr};
+  std::vector<Tensor> gradients;
+  for (int i = 0; i < kGradients; ++i) {
+    const bool made = needed[i] && inputs[i];
+    gradients.push_back(torch::stable::new_empty(made ? *inputs[i] : j.query, made ? sizes_of(*inputs[i]) : Integers{0}));
+    if (made && empty) torch::stable::zero_(gradients.back());
+  }
+  return gradients;
+}
+
+// A sample's rows of the gradients that are wanted.
+void set_gradients(Problem& p, const Jagged& j, const Flags& needed, const std::vector<Tensor>& g, const OptionalTensor& tables, int64_t sample) {
+  Rows* const of_tokens[] = {&p.grad_query, &p.grad_key, &p.grad_value};
+  for (int n = 0; n < 3; ++n)
+    if (needed[n] && g[n].numel() > 0) *of_tokens[n] = batch_rows(j.tokens(g[n], sample), true);
+  if (tables) p.grad_rpb.data = entry_of(tables, sample)->data_ptr();
+  if (needed[kAdditionalKeys] && p.additional) p.grad_additional_keys = batch_rows(*entry_of(g[kAdditionalKeys], sample), true);
+  if (needed[kAdditionalValues] && p.additional) p.grad_additional_values = batch_rows(*entry_of(g[kAdditionalValues], sample), true);
+}
+
+// Makes what the passes of one path need, and gives each problem its share.
+void set_buffers(std::vector<Problem>& problems, const Jagged& j, const Tensor& lse, std::vector<Tensor>& g, bool tiled, Buffers& b) {
+  const Problem& first = problems[0];
+  const int64_t table = first.grad_rpb.data ? j.rpb->numel() : 0;
+  const int64_t partial = kParts * (tiled ? cpu::tiled_backward_kernels(cpu_dtype(j.query)).partial_size(first) : table);
+  b.partials = torch::stable::new_zeros(lse, Integers{j.samples(), partial});
+  Rows ignored;  // of all samples together
+  const auto view = [](const Tensor& tensor) { return rows_of(tensor, false, 1, true, true); };
+  if (tiled && first.grad_key.data) b.sum_key = make_sums(g[kKey], first.grad_key, ignored, view);
+  if (tiled && first.grad_value.data) b.sum_value = make_sums(g[kValue], first.grad_value, ignored, view);
+  if (!tiled) b.delta = torch::stable::new_empty(lse, sizes_of(lse)), b.row_lse = torch::stable::new_empty(lse, sizes_of(lse));
+  for (int64_t i = 0; i < j.samples(); ++i) {
+    Problem& p = problems[size_t(i)];
+    p.partials = entry_of(b.partials, i)->data_ptr();
+    if (b.sum_key) p.sum_key = batch_rows(j.tokens(*b.sum_key, i), true);
+    if (b.sum_value) p.sum_value = batch_rows(j.tokens(*b.sum_value, i), true);
+    if (b.delta) p.delta = batch_rows(j.tokens(*b.delta, i), false), p.row_lse = batch_rows(j.tokens(*b.row_lse, i), false);
+  }
+}
 
 // The sum of one table a sample, in their order.
 template <class A> void sum_tables(const Tensor& tables, Tensor& total) {
@@ -138,22 +182,12 @@ Six jagged_backward_cpu(
   rpb = dense(rpb);
   const Jagged j{query, key, value, offsets, {kernel_size, stride, dilation, is_causal}, scale, additional_keys, additional_values, rpb};
   check(j);
-  STD_TORCH_CHECK(needed.size() == kGradients, "natten: needed has ", needed.size(), " entries, expected ", int(kGradients));
-  const Integers rows{query.size(0), query.size(1)}, whole{query.size(0), query.size(1), value.size(2)};
-  check_saved(query, grad_out, grad_lse, out, lse, whole, rows);
-
-  const Tensor* inputs[kGradients] = {&query, &key, &value, rpb ? &*rpb : nullptr, additional_keys ? &*additional_keys : nullptr,
-                                      additional_values ? &*additional_values : nullptr};
-  std::vector<Tensor> g;
-  for (int i = 0; i < kGradients; ++i) {
-    const bool made = needed[i] && inputs[i];
-    g.push_back(torch::stable::new_empty(made ? *inputs[i] : query, made ? sizes_of(*inputs[i]) : Integers{0}));
-    if (made && lse.numel() == 0) torch::stable::zero_(g.back());
-  }
+  check_saved(query, grad_out, grad_lse, out, lse, {query.size(0), query.size(1), value.size(2)}, {query.size(0), query.size(1)}, needed);
+  const bool empty = lse.numel() == 0, of_table = needed[kRpb] && rpb;
+  std::vector<Tensor> g = make_gradients(j, needed, empty);
   Six result{g[0], g[1], g[2], g[3], g[4], g[5]};
-  const auto wanted = [&](int i) { return needed[i] && inputs[i]; };
-  Buffers b{g[kKey], g[kValue], lse, lse, lse, lse};
-  if (wanted(kRpb)) {
+  Buffers b;
+  if (of_table) {
     Integers shape = sizes_of(*rpb);
     shape.insert(shape.begin(), j.samples());
     b.tables = torch::stable::new_empty(*rpb, shape);
@@ -162,43 +196,18 @@ Six jagged_backward_cpu(
     p.out = batch_rows(j.tokens(out, i), true), p.lse = batch_rows(j.tokens(lse, i), false);
     if (grad_out) p.grad_out = batch_rows(j.tokens(*grad_out, i), true);
     if (grad_lse) p.grad_lse = batch_rows(j.tokens(*grad_lse, i), false);
-    Rows* const of_tokens[] = {&p.grad_query, &p.grad_key, &p.grad_value};
-    for (int n = 0; n < 3; ++n)
-      if (wanted(n) && g[n].numel() > 0) *of_tokens[n] = batch_rows(j.tokens(g[n], i), true);
-    if (wanted(kRpb)) p.grad_rpb.data = entry_of(b.tables, i)->data_ptr();
-    if (wanted(kAdditionalKeys) && p.additional) p.grad_additional_keys = batch_rows(*entry_of(g[kAdditionalKeys], i), true);
-    if (wanted(kAdditionalValues) && p.additional) p.grad_additional_values = batch_rows(*entry_of(g[kAdditionalValues], i), true);
+    set_gradients(p, j, needed, g, b.tables, i);
   });
-  if (lse.numel() == 0) return result;
+  if (empty) return result;
   const cpu::Dtype dtype = cpu_dtype(query);
   const bool tiled = all_tiled(problems, dtype);
-  const cpu::TiledBackwardKernels kernels = cpu::tiled_backward_kernels(dtype);
-  const int64_t table = problems[0].grad_rpb.data ? rpb->numel() : 0;
-  const int64_t partial = kParts * (tiled ? kernels.partial_size(problems[0]) : table);
-  b.partials = torch::stable::new_zeros(lse, Integers{j.samples(), partial});
-  if (tiled) {
-    Rows ignored;
-    const auto view = [](const Tensor& tensor) { return rows_of(tensor, false, 1, true, true); };
-    b.sum_key = make_sums(g[kKey], problems[0].grad_key, ignored, view);
-    b.sum_value = make_sums(g[kValue], problems[0].grad_value, ignored, view);
-  } else {
-    b.delta = torch::stable::new_empty(lse, rows), b.row_lse = torch::stable::new_empty(lse, rows);
-  }
-  for (int64_t i = 0; i < j.samples(); ++i) {
-    Problem& p = problems[size_t(i)];
-    p.partials = entry_of(b.partials, i)->data_ptr();
-    if (tiled && p.grad_key.data) p.sum_key = batch_rows(j.tokens(b.sum_key, i), true);
-    if (tiled && p.grad_value.data) p.sum_value = batch_rows(j.tokens(b.sum_value, i), true);
-    if (!tiled) p.delta = batch_rows(j.tokens(b.delta, i), false), p.row_lse = batch_rows(j.tokens(b.row_lse, i), false);
-  }
+  set_buffers(problems, j, lse, g, tiled, b);
   for_samples(problems, [&](const Problem& p) {
-    if (tiled) run_colours(kernels, p);
+    if (tiled) run_colours(cpu::tiled_backward_kernels(dtype), p);
     else run_general(cpu::backward_kernels(dtype), p);
   });
-  if (wanted(kRpb)) {
-    if (dtype == cpu::Dtype::float64) sum_tables<double>(b.tables, g[kRpb]);
-    else sum_tables<float>(b.tables, g[kRpb]);
-  }
+  if (of_table && dtype == cpu::Dtype::float64) sum_tables<double>(*b.tables, g[kRpb]);
+  else if (of_table) sum_tables<float>(*b.tables, g[kRpb]);
   return result;
 }
 

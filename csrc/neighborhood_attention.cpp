@@ -93,11 +93,10 @@ Six backward_cpu(
   check_backend(backend);
   check(a);
   rpb = dense(rpb);
-  STD_TORCH_CHECK(needed.size() == kGradients, "natten: needed has ", needed.size(), " entries, expected ", int(kGradients));
   Integers shape = sizes_of(query), rows = shape;
   shape.back() = value.size(-1);
   rows.pop_back();
-  check_saved(query, grad_out, grad_lse, out, lse, shape, rows);
+  check_saved(query, grad_out, grad_lse, out, lse, shape, rows, needed);
   Problem p = make_problem(a);
   std::vector<Tensor> g = make_gradients(a, needed, p);
   Six result{g[0], g[1], g[2], g[3], g[4], g[5]};
@@ -114,8 +113,9 @@ Six backward_cpu(
     const Tensor partials = torch::stable::new_zeros(lse, Integers{kParts * kernels.partial_size(p)});
     p.partials = partials.data_ptr();
     const auto rows = [rank](const Tensor& tensor) { return rows_of(tensor, true, rank, true, true); };
-    const Tensor sum_key = make_sums(g[1], p.grad_key, p.sum_key, rows);
-    const Tensor sum_value = make_sums(g[2], p.grad_value, p.sum_value, rows);
+    OptionalTensor sum_key, sum_value;
+    if (p.grad_key.data) sum_key = make_sums(g[kKey], p.grad_key, p.sum_key, rows);
+    if (p.grad_value.data) sum_value = make_sums(g[kValue], p.grad_value, p.sum_value, rows);
     run_colours(kernels, p);
   } else {
     const Tensor delta = torch::stable::new_empty(lse, sizes_of(lse)), row_lse = torch::stable::new_empty(lse, sizes_of(lse));

@@ -55,6 +55,9 @@ inline int64_t table_size(const Problem& p) {
   return size;
 }
 
+// Of the unfused ops: whether queries add to what other queries add to as well.
+inline bool adds_to_keys(const Problem& p) { return p.grad_key.data || p.grad_additional_keys.data || p.grad_rpb.data; }
+
 // Multiply-adds of one product (queries x window x head dim) over the whole problem.
 inline double work_of(const Problem& p) {
   double work = double(p.batch) * double(p.heads) * double(p.head_dim + p.value_dim), window = 1;

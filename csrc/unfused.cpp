@@ -87,13 +87,15 @@ Tensor make_gradient(const Halves& h, const Tensor* tensor, bool needed, int64_t
   return gradient;
 }
 
-void run_unfused(const Halves& h, Problem& p, Tensor& grad_key) {
+// `grad_key` is there where the problem has a gradient of keys.
+void run_unfused(const Halves& h, Problem& p, Tensor* grad_key = nullptr) {
   const cpu::UnfusedKernels kernels = cpu::unfused_kernels(cpu_dtype(h.tokens));
-  if (p.grad_key.data || p.grad_additional_keys.data || p.grad_rpb.data) {
+  if (adds_to_keys(p)) {
     const Tensor partials = torch::stable::new_zeros(h.tokens, Integers{kParts * kernels.by_key.partial_size(p)}, lse_dtype(h.tokens));
     p.partials = partials.data_ptr();
+    OptionalTensor sums;
     const int64_t rank = h.rank();
-    const Tensor sums = make_sums(grad_key, p.grad_key, p.sum_key, [rank](const Tensor& tensor) { return heads_first_rows(tensor, rank); });
+    if (p.grad_key.data) sums = make_sums(*grad_key, p.grad_key, p.sum_key, [rank](const Tensor& tensor) { return heads_first_rows(tensor, rank); });
     run_colours(kernels.by_key, p);
   } else if (p.slots_out.data || p.grad_query.data) {
     run(kernels.by_query.forward, p, kernels.by_query.query_items(p), kernels.by_query.scratch_bytes(p), work_of(p));
@@ -115,8 +117,7 @@ Tensor qk_cpu(const Tensor& query, const Tensor& key, Integers kernel_size, Inte
   if (rpb) set_rpb(p, *rpb, h.rank());
   p.slots_out = heads_first_rows(attn, h.rank());
   p.absent = -HUGE_VAL;
-  Tensor nothing = attn;
-  run_unfused(h, p, nothing);
+  run_unfused(h, p);
   return attn;
 }
 
@@ -131,8 +132,7 @@ Tensor av_cpu(const Tensor& attn, const Tensor& value, Integers kernel_size, Int
   set_keys(p, value, h.rank());
   p.slots_in = heads_first_rows(attn, h.rank());
   p.grad_query = heads_first_rows(out, h.rank());
-  Tensor nothing = out;
-  run_unfused(h, p, nothing);
+  run_unfused(h, p);
   return out;
 }
 
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_backward_cpu(
     p.query = heads_first_rows(query, h.rank());
     set_keys(p, key, h.rank());
     p.slots_in = heads_first_rows(grad, h.rank());
-    run_unfused(h, p, grad_key);
+    run_unfused(h, p, &grad_key);
   }
   return {grad_query, grad_key, grad_rpb, grad_additional};
 }
@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> av_backward_cpu(
     p.query = heads_first_rows(grad, h.rank());
     set_keys(p, value, h.rank());
     if (p.grad_key.data || p.grad_additional_keys.data) p.slots_in = heads_first_rows(attn, h.rank());
-    run_unfused(h, p, grad_value);
+    run_unfused(h, p, &grad_value);
   }
   return {grad_attn, grad_value, grad_additional};
 }

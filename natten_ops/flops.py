@@ -297,7 +297,7 @@ def get_flops(model: nn.Module, input: Tensor | tuple[Any, ...], disable_warning
         >>> import torch, natten_ops
         >>> from natten_ops.flops import get_flops
         >>> layer = natten_ops.nn.NeighborhoodAttention2D(64, num_heads=4, kernel_size=3)
-        >>> get_flops(layer, torch.randn(1, 8, 8, 64))  # doctest: +SKIP
+        >>> get_flops(layer, torch.randn(1, 8, 8, 64))
         2244608
     """
     if not isinstance(model, nn.Module):
@@ -325,9 +325,11 @@ def add_natten_handle(flop_ctr: Any) -> Any:
         TypeError: an object that takes no handles.
 
     Example:
+        >>> import fvcore.nn, torch, natten_ops
         >>> from natten_ops.flops import add_natten_handle
-        >>> analysis = add_natten_handle(fvcore.nn.FlopCountAnalysis(layer, (image,)))  # doctest: +SKIP
-        >>> analysis.by_operator()  # doctest: +SKIP
+        >>> layer = natten_ops.nn.NeighborhoodAttention2D(64, num_heads=4, kernel_size=3)
+        >>> analysis = add_natten_handle(fvcore.nn.FlopCountAnalysis(layer, (torch.randn(1, 8, 8, 64),)))
+        >>> analysis.by_operator()
         Counter({'linear': 2097152, 'neighborhood_attention_lse': 147456})
     """
     handles = _fvcore("jit_handles")

@@ -242,10 +242,11 @@ def _attend(
         return (out, lse) if return_lse else out
     # Sub-boxes go on as they came: sizes filled in here would recompile at every shape.
     core = *inputs[:3], *params, scale, inputs.additional_keys, inputs.additional_values
-    # Graphs show the op that was called; eager calls save the 8 us that its way to the primitive takes.
+    # Graphs show the op that was called; eager calls save its way to the primitive.
     if number == 0 and box is None and not return_lse and torch.compiler.is_compiling():
         return getattr(torch.ops.natten, f"na{rank}d")(*core, rpb=inputs.rpb, key_mask=inputs.key_mask)
-    # What is absent is left out, and nothing to record goes past the autograd kernel, which is Python: 6 us of a call.
+    # What is absent is left out, and nothing to record goes past the autograd kernel, which is Python. What a call costs beside
+    # its kernel: python -m bench.run calls.
     more: dict[str, Any] = {} if box is None else box._asdict()
     if number:
         more["backend"] = number

@@ -82,7 +82,7 @@ def _naming(sample: int, call: Callable[[], Any]) -> Any:
 def attend(
     inputs: Any, params: NAParams, scale: float | None, backend: str | None, attend_dense: Callable[..., Any]
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of nested inputs; `attend_dense(inputs, return_lse=True)` is the attention of a dense batch."""
+    """out and lse of nested inputs; `attend_dense(inputs)` gives both of a dense batch."""
     named = list(zip(inputs._fields, inputs))
     check_nested(named[:3], named[3:])
     if inputs.key_mask is not None:
@@ -172,9 +172,12 @@ def _check_lengths(offsets: Tensor, params: NAParams) -> None:
 # ---- in two halves -------------------------------------------------------------------------------------------------
 
 
-def by_halves(nested: Named, dense: Named, rank: int, call: Callable[..., Tensor]) -> Tensor:
-    """`call(sample of each, *rows of the dense ones)` over the samples; heads first, so lines are ragged in dim 2."""
-    check_nested(nested, dense)
+def by_halves(nested: Named, dense: Named, shared: Named, rank: int, call: Callable[..., Tensor]) -> Tensor:
+    """`call(sample of each, *rows of the dense ones)` over the samples; `shared` is one for all of them.
+
+    Heads come first, so lines are ragged in dim 2.
+    """
+    check_nested(nested, [*dense, *shared])
     jagged = nested[0][1].layout == torch.jagged
     if jagged and torch.compiler.is_compiling():
         raise ValueError("the unfused ops take jagged tensors in eager code only; use na1d, or dense tensors")

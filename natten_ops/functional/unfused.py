@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from natten_ops import backends
-from natten_ops.functional.nested import any_nested, by_halves, check_nested
+from natten_ops.functional.nested import any_nested, by_halves
 from natten_ops.geometry.params import NAParams, make_params
 from natten_ops.ops._register import AUTOCAST_KEYS
 from natten_ops.ops.arguments import autocast_tensor
@@ -123,8 +123,8 @@ def _make_qk(rank: int) -> QK:
         if any_nested(query, key, additional_keys, rpb):
             named, rest = [("query", query), ("key", key)], [("additional_keys", additional_keys)]
             settings = (kernel_size, stride, dilation, is_causal)
-            check_nested(named, [*rest, ("rpb", rpb)])
-            return by_halves(named, rest, rank, lambda q, k, extra: qk(q, k, *settings, extra, rpb=rpb))
+            shared = [("rpb", rpb)]
+            return by_halves(named, rest, shared, rank, lambda q, k, extra: qk(q, k, *settings, extra, rpb=rpb))
         params = make_params(rank, kernel_size, stride, dilation, is_causal)
         _check(lambda q, k, extra: check_qk(q, k, params, rpb, extra), query, key, additional_keys)
         return _call(torch.ops.natten.na_qk, query, key, params, rpb=rpb, additional_keys=additional_keys)
@@ -145,7 +145,7 @@ def _make_av(rank: int) -> AV:
         if any_nested(attn, value, additional_values):
             named, rest = [("attn", attn), ("value", value)], [("additional_values", additional_values)]
             settings = (kernel_size, stride, dilation, is_causal)
-            return by_halves(named, rest, rank, lambda a, v, extra: av(a, v, *settings, extra))
+            return by_halves(named, rest, (), rank, lambda a, v, extra: av(a, v, *settings, extra))
         params = make_params(rank, kernel_size, stride, dilation, is_causal)
         _check(lambda a, v, extra: check_av(a, v, params, extra), attn, value, additional_values)
         return _call(torch.ops.natten.na_av, attn, value, params, additional_values=additional_values)

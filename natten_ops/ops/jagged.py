@@ -35,15 +35,15 @@ from natten_ops.ops.arguments import (
     expect,
     lse_dtype,
 )
+from natten_ops.ops.fused import GRADIENTS
 from natten_ops.reference import Inputs
 
 FORWARD, BACKWARD = "neighborhood_attention_jagged", "neighborhood_attention_jagged_backward"
 forward_op = torch.ops.natten.neighborhood_attention_jagged.default
 backward_op = torch.ops.natten.neighborhood_attention_jagged_backward.default
 
-# The tensors of the forward in the order of its rule, and the places of those that have gradients, in that of `needed`.
+# The tensors of the forward in the order of its rule.
 TENSORS = ("query", "key", "value", "offsets", "additional_keys", "additional_values", "rpb")
-GRADIENTS = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
 
 Lines = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool], float | None]
 

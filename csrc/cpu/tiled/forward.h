@@ -8,10 +8,8 @@
 // * 448x448, 2 heads: prefetching the next row while packing, and the output to write, gains a little; both heads in one
 //   owner gains half as much again as the whole had (heads_that_share_pages; bench.tune_cpu tilings tries both).
 // * A tile's scores are recomputed by the backward instead of read: no lse, no rounding of it.
-// * 14x14, 2 heads: of 46 us the kernel takes 27 (one thread), torch's dispatcher and our checks the rest, which a second thread does
-//   not shorten. Going to the primitive directly, past its Python rule where nothing is recorded, and glances instead of
-//   loops in the checks took away a third of a call; one shape for all three inputs checked at a glance took 2 us, not worth its
-//   lines (bench.run small --ours).
+// * 14x14, 2 heads (bench.run calls): of a call of 55 us the kernel takes 28 on one thread, 14 on two, torch's dispatcher 8 to 12,
+//   our checks and records the rest, which a second thread does not shorten; 0.30 of sgemm at two threads would be 40 us.
 // * bench.tune_cpu random: one problem in a hundred takes 1.1 to 1.15 times as long as on the general path, all below 100 us with
 //   rows of 4 to 7 tokens and head dims of 80, whose lanes are half empty. A rule that sent them there lost 4 % of training.
 // * Eight times the compiled gather at 2 threads would be 1.17 of sgemm: Inductor's gather gains from AVX-512 as we do.

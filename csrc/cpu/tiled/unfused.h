@@ -34,7 +34,6 @@ template <class T> struct Unfused {
   int listed[kRows];
   int64_t bytes;
 
-  static bool adds_to_keys(const Problem& p) { return p.grad_key.data || p.grad_additional_keys.data || p.grad_rpb.data; }
   static Tiling tiling(const Problem& p) {
     return fit_tiling<Unfused, T>(p, {128, 0, 0, 48 << 10, 16, adds_to_keys(p)}, kMaxTiledBytes);
   }
