@@ -4,6 +4,7 @@
 python -m bench.run                                    every case of the CPU suite
 python -m bench.run headline dilated                   the cases whose names begin with a word
 python -m bench.run scaling threads                    the cost of a pixel by size; the gain of threads
+python -m bench.run calls --threads 1                  what a small call costs beside its kernel
 python -m bench.run --suite smoke --out rows.csv       two cases, to a file
 python -m bench.run --suite gpu                        large cases in bfloat16 on a CUDA device; sgemm is its bfloat16 product
 """
@@ -150,6 +151,34 @@ def threads(rounds: int) -> Iterator[str]:
     torch.set_num_threads(most)
 
 
+def call_costs(rounds: int) -> Iterator[str]:
+    """Microseconds of a call on 14x14 tokens, and without its kernel, whose time is what one more sample adds."""
+    case = next(case for case in CASES if case.name == "small")
+    many = 64
+    query, key, value = case.inputs()[:3]
+    batch = [t.expand(many + 1, *t.shape[1:]).contiguous() for t in (query, key, value)]
+    leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+    op, lists = torch.ops.natten.neighborhood_attention_lse.default, [list(entry) for entry in case.params]
+
+    def raw(*tensors: Any) -> Any:
+        with torch.inference_mode():
+            return op(*tensors, *lists)
+
+    functional = ours(case, case.inputs(), None)
+    functions: dict[str, Callable[[], Any]] = {
+        "raw": functools.partial(raw, query, key, value),
+        "functional": functools.partial(torch.no_grad()(functional), query, key, value),
+        "recording gradients": functools.partial(functional, *leaves),
+        "batch": functools.partial(raw, *batch),
+    }
+    times = interleave(functions, rounds)
+    kernel = statistics.median((b - a) / many for a, b in zip(times["raw"], times["batch"]))
+    yield f"kernel: {1e3 * kernel:.1f} us"
+    for name in list(functions)[:3]:
+        whole = statistics.median(times[name])
+        yield f"{name}: {1e3 * whole:.1f} us a call, {1e3 * (whole - kernel):.1f} without the kernel"
+
+
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -203,8 +232,8 @@ def main() -> None:
         for row in time_case(case, options, commit):
             writer.writerow(row)
             stream.flush()
-    for report in (scaling, threads):
-        if report.__name__ in options.cases:
+    for name, report in (("scaling", scaling), ("threads", threads), ("calls", call_costs)):
+        if name in options.cases:
             for line in report(max(5, options.rounds // 3)):
                 print(line)
 

@@ -13,7 +13,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import cases, contenders  # noqa: E402
+import natten_ops  # noqa: E402
+from bench import cases, compiled, contenders, halves  # noqa: E402
 
 
 def test_rows_of_a_case(tmp_path):
@@ -24,6 +25,34 @@ def test_rows_of_a_case(tmp_path):
         rows = {(row["backend"], row["pass"]): row for row in csv.DictReader(stream)}
     assert {name for name, _ in rows} == {"natten_ops", "cpu-general", "copy"}
     assert all(float(row["of_sgemm"]) > 0 for row in rows.values())
+
+
+def test_reports_come_out():
+    command = [sys.executable, "-m", "bench.run", "calls", "--rounds", "3", "--threads", "1"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120)
+    assert all(f"{name}: " in done.stdout for name in ("kernel", "raw", "functional", "recording gradients"))
+
+
+def test_each_compiled_way_runs_its_own_code():
+    """A way that ran another one's code would compare it with itself."""
+
+    def step(query, key, value):
+        return natten_ops.na2d(query * 2, key, value, kernel_size=3)
+
+    tensors = torch.randn(3, 1, 8, 9, 2, 8).unbind()
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+        calls = {}
+        for name, way in compiled.ways(step, lambda way: way(*tensors)).items():
+            with torch.profiler.profile() as profile:
+                way()
+            calls[name] = any("neighborhood_attention_lse" in event.key for event in profile.key_averages())
+    assert calls == {"template": False, "extern": True, "eager": True}
+
+
+def test_halves_as_loops_are_the_halves():
+    query, key, value, _ = halves.heads_first(size=7, window=3, dim=4, heads=2)
+    bias = torch.randn(9)
+    torch.testing.assert_close(halves.as_loops(query, key, value, 3, bias), halves.attend(query, key, value, 3, bias))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the suite would run")
