@@ -326,9 +326,8 @@ def add_natten_handle(flop_ctr: Any) -> Any:
 
     Example:
         >>> import fvcore.nn, torch, natten_ops
-        >>> from natten_ops.flops import add_natten_handle
         >>> layer = natten_ops.nn.NeighborhoodAttention2D(64, num_heads=4, kernel_size=3)
-        >>> analysis = add_natten_handle(fvcore.nn.FlopCountAnalysis(layer, (torch.randn(1, 8, 8, 64),)))
+        >>> analysis = natten_ops.flops.add_natten_handle(fvcore.nn.FlopCountAnalysis(layer, (torch.randn(1, 8, 8, 64),)))
         >>> analysis.by_operator()
         Counter({'linear': 2097152, 'neighborhood_attention_lse': 147456})
     """
