@@ -4,6 +4,7 @@
 # make build     install this folder (editable); again after a change of C++ or of this folder's list of files
 # make test-torch TORCH=torch==2.15.0   the same wheel under another torch, in an environment of its own (TORCH_ENV)
 # make test-integrations   models of other libraries that import natten, unmodified, in environments of their own
+# make cuda      the CUDA library, built with nvcc whatever torch is at hand, beside the installed one
 # make lint | test-slow | bench | asan | wheel | clean
 #
 # All set everything up: in the active virtual environment if it has torch >= 2.11, else in .venv, which sees the
@@ -68,6 +69,14 @@ bench: build
 build: $(ready)
 	$(pip) install -q --no-deps --no-build-isolation -e .
 
+# A build folder of its own: `make build` goes on without it. NATTEN_OPS_CUDA_ARCHS=90a-real builds for one GPU.
+NATTEN_OPS_CUDA_ARCHS ?= 80-real;90a-real;80-virtual
+cuda: build
+	PATH="$(scripts):$$PATH" && packages=$$($(PY) -c "import sysconfig; print(sysconfig.get_path('platlib'))") && \
+	cmake -S . -B build/cuda -G Ninja -DNATTEN_OPS_CUDA=ON "-DNATTEN_OPS_CUDA_ARCHS=$(NATTEN_OPS_CUDA_ARCHS)" \
+	-DPython_EXECUTABLE="$$(command -v $(abspath $(PY)))" -DCMAKE_INSTALL_PREFIX="$$packages" && \
+	cmake --build build/cuda --target natten_ops_cuda && cmake --install build/cuda --component cuda
+
 # The kernels' tests with address and undefined-behaviour sanitizers, from an install of their own, which the finder of the
 # editable install would hide. Not the test that takes memory away: the sanitizer needs it first.
 asan: $(ready)
@@ -100,4 +109,4 @@ $(ready): pyproject.toml Makefile
 clean:
 	rm -rf build dist demo_out .asan .venv .venv-*
 
-.PHONY: demo test test-torch test-slow test-integrations lint bench build asan wheel clean
+.PHONY: demo cuda test test-torch test-slow test-integrations lint bench build asan wheel clean

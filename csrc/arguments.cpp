@@ -154,7 +154,7 @@ void check_saved(const Tensor& query, const OptionalTensor& grad_out, const Opti
 void check(const Arguments& a) {
   const int64_t rank = a.rank();
   STD_TORCH_CHECK(rank >= 1 && rank <= kAxes, "natten: query has shape ", shape_text(a.query), ", expected [batch, 1 to 3 axes, heads, dim]");
-  cpu_dtype(a.query);
+  dtype_of(a.query);
   check_windows(a.windows(), rank);
   check_box(a);
   STD_TORCH_CHECK(a.key.dim() == a.query.dim(), "natten: key has ", a.key.dim(), " dims, query ", a.query.dim());
@@ -185,14 +185,6 @@ Rows rows_of(const Tensor& tensor, bool has_batch, int64_t spatial, bool has_hea
   if (has_head) rows.head = tensor.stride(dim++);
   if (has_dim) rows.dim = tensor.stride(dim);
   return rows;
-}
-
-bool takes_tiled(const Problem& p, cpu::Dtype dtype, int64_t backend) {
-  if (backend == kCpuGeneral) return false;
-  const bool able = p.head_dim > 0 && p.value_dim > 0 && p.scale > 0 && cpu::tiled_scratch_bytes(p, dtype) <= kMaxTiledBytes;
-  STD_TORCH_CHECK(able || backend != kCpuTiled, "natten: backend=2 (cpu-tiled) cannot run this problem: it takes positive scales, "
-                  "head dims above 0, and tiles of at most ", kMaxTiledBytes, " bytes; use 0 (choose) or 1 (cpu-general)");
-  return able;
 }
 
 Rows heads_first_rows(const Tensor& tensor, int64_t spatial) {

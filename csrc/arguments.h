@@ -7,7 +7,7 @@
 namespace natten {
 
 // Backend ids, the same as in natten_ops/backends.py (tests/test_backends.py compares them).
-enum Backend : int64_t { kChoose = 0, kCpuGeneral = 1, kCpuTiled = 2 };
+enum Backend : int64_t { kChoose = 0, kCpuGeneral = 1, kCpuTiled = 2, kCudaGeneral = 3 };
 
 // What attends to what, one entry an axis.
 struct Windows {
@@ -58,9 +58,6 @@ void check(const Arguments& arguments);
 // Axis `axis` of `rank`, of `length` tokens in the whole grid.
 void set_axis(Problem& problem, const Windows& windows, int64_t axis, int64_t rank, int64_t length);
 void set_rpb(Problem& problem, const Tensor& rpb, int64_t rank);
-
-// True if the tiled kernels run the problem; raises where the backend that was named cannot.
-bool takes_tiled(const Problem& problem, cpu::Dtype dtype, int64_t backend);
 
 // The problem of checked arguments; outputs and gradients are still to be set.
 Problem make_problem(const Arguments& arguments);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What the library tells about itself: the window formulas as it computes them (for the parity test), the instruction
 // set that it runs on, and the scratch that a thread takes.
-#include "arguments.h"
+#include "cpu_passes.h"
 
 namespace natten {
 namespace {
@@ -30,7 +30,7 @@ int64_t cpu_scratch_bytes(int64_t head_dim, int64_t value_dim) {
   Problem p{};
   p.head_dim = head_dim, p.value_dim = value_dim;
   int64_t most = 0;
-  for (cpu::Dtype dtype : {cpu::Dtype::float64, cpu::Dtype::float32, cpu::Dtype::float16, cpu::Dtype::bfloat16})
+  for (Dtype dtype : {Dtype::float64, Dtype::float32, Dtype::float16, Dtype::bfloat16})
     most = larger(most, larger(cpu::forward_kernels(dtype).scratch_bytes(p), cpu::backward_kernels(dtype).scratch_bytes(p)));
   return most;
 }
@@ -47,7 +47,7 @@ int64_t cpu_tiled_scratch_bytes(const Tensor& query, const Tensor& key, const Te
   if (query.numel() == 0 || value.numel() == 0) return 0;
   Problem p = make_problem(a);
   p.whole = whole;
-  return cpu::tiled_scratch_bytes(p, cpu_dtype(query));
+  return cpu::tiled_scratch_bytes(p, dtype_of(query));
 }
 
 }  // namespace

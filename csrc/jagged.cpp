@@ -2,7 +2,7 @@
 // Fused attention over lines of different lengths: the values of a batch one after the other, [tokens, heads, dim], and the
 // offsets at which samples begin. Every sample is a problem of its own for the kernels of neighborhood_attention.cpp; the
 // rules of the op are in natten_ops/ops/jagged.py.
-#include "arguments.h"
+#include "cpu_passes.h"
 
 namespace natten {
 namespace {
@@ -75,7 +75,7 @@ template <class Visit> std::vector<Problem> make_problems(const Jagged& j, const
   return problems;
 }
 
-bool all_tiled(const std::vector<Problem>& problems, cpu::Dtype dtype) {
+bool all_tiled(const std::vector<Problem>& problems, Dtype dtype) {
   for (const Problem& p : problems)
     if (!takes_tiled(p, dtype, kChoose)) return false;
   return true;
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor> jagged_cpu(
     p.out = batch_rows(j.tokens(out, i), true), p.lse = batch_rows(j.tokens(lse, i), false);
   });
   if (lse.numel() == 0) return {out, lse};
-  const cpu::Dtype dtype = cpu_dtype(query);
+  const Dtype dtype = dtype_of(query);
   const cpu::ForwardKernels kernels = all_tiled(problems, dtype) ? cpu::tiled_forward_kernels(dtype) : cpu::forward_kernels(dtype);
   for_samples(problems, [&](const Problem& p) { run(kernels.forward, p, kernels.query_items(p), kernels.scratch_bytes(p), work_of(p)); });
   return {out, lse};
@@ -147,7 +147,7 @@ void set_gradients(Problem& p, const Jagged& j, const Flags& needed, const std::
 void set_buffers(std::vector<Problem>& problems, const Jagged& j, const Tensor& lse, std::vector<Tensor>& g, bool tiled, Buffers& b) {
   const Problem& first = problems[0];
   const int64_t table = first.grad_rpb.data ? j.rpb->numel() : 0;
-  const int64_t partial = kParts * (tiled ? cpu::tiled_backward_kernels(cpu_dtype(j.query)).partial_size(first) : table);
+  const int64_t partial = kParts * (tiled ? cpu::tiled_backward_kernels(dtype_of(j.query)).partial_size(first) : table);
   b.partials = torch::stable::new_zeros(lse, Integers{j.samples(), partial});
   Rows ignored;  // of all samples together
   const auto view = [](const Tensor& tensor) { return rows_of(tensor, false, 1, true, true); };
@@ -199,14 +199,14 @@ Six jagged_backward_cpu(
     set_gradients(p, j, needed, g, b.tables, i);
   });
   if (empty) return result;
-  const cpu::Dtype dtype = cpu_dtype(query);
+  const Dtype dtype = dtype_of(query);
   const bool tiled = all_tiled(problems, dtype);
   set_buffers(problems, j, lse, g, tiled, b);
   for_samples(problems, [&](const Problem& p) {
     if (tiled) run_colours(cpu::tiled_backward_kernels(dtype), p);
     else run_general(cpu::backward_kernels(dtype), p);
   });
-  if (of_table && dtype == cpu::Dtype::float64) sum_tables<double>(*b.tables, g[kRpb]);
+  if (of_table && dtype == Dtype::float64) sum_tables<double>(*b.tables, g[kRpb]);
   else if (of_table) sum_tables<float>(*b.tables, g[kRpb]);
   return result;
 }

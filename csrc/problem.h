@@ -8,6 +8,8 @@ namespace natten {
 
 constexpr int kAxes = 3;
 
+enum class Dtype { float64, float32, float16, bfloat16 };
+
 // A tensor [batch, axes.., head, dim]; strides in elements, 0 where it has no such dimension.
 struct Rows {
   void* data = nullptr;
@@ -49,7 +51,7 @@ constexpr int kParts = 16;
 namespace {  // internal linkage, as in geometry.h
 
 // Entries of one head's bias table.
-inline int64_t table_size(const Problem& p) {
+NATTEN_HOST_DEVICE inline int64_t table_size(const Problem& p) {
   int64_t size = 1;
   for (int a = 0; a < kAxes; ++a) size *= 2 * p.axis[a].kernel - 1;
   return size;

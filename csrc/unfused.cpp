@@ -1,213 +1,42 @@
 // SPDX-License-Identifier: MIT
-// The unfused ops, heads first: schemas and CPU fronts. na_qk makes the logits of every window slot, na_av sums values by
-// weights that lie in memory. Both are bilinear, so each one's backward is the other and its transpose; their fake,
-// autograd, autocast, vmap and FLOP rules are in natten_ops/ops/unfused.py.
-#include "arguments.h"
+// The unfused ops: schemas, and their CPU kernels behind the fronts that all devices share (unfused.h). Fake, autograd,
+// autocast, vmap and FLOP rules are in natten_ops/ops/unfused.py.
+#include "unfused.h"
 
-#include <cmath>
+#include "cpu_passes.h"
 
 namespace natten {
 namespace {
 
-// Every tensor of either op is [batch, heads, tokens.., last]; additional tokens are [batch, heads, tokens, dim].
-struct Halves {
-  const char* name;        // of the tensor that has the tokens and the head dim
-  const Tensor& tokens;
-  const Windows windows;
-  const char* additional_name;
-  const OptionalTensor& additional;
+struct Cpu {
+  struct Guard { explicit Guard(const Tensor&) {} };  // there is one CPU
 
-  int64_t rank() const { return tokens.dim() - 3; }
-  int64_t dim() const { return tokens.size(-1); }
-  int64_t additional_tokens() const { return additional ? additional->size(2) : 0; }
-  Integers shape(int64_t last) const {
-    Integers sizes = sizes_of(tokens);
-    sizes.back() = last;
-    return sizes;
+  static void unfused(Problem& p, const Tensor& tokens, Tensor* grad_key) {
+    const cpu::UnfusedKernels kernels = cpu::unfused_kernels(dtype_of(tokens));
+    if (adds_to_keys(p)) {
+      const Tensor partials = torch::stable::new_zeros(tokens, Integers{kParts * kernels.by_key.partial_size(p)}, lse_dtype(tokens));
+      p.partials = partials.data_ptr();
+      OptionalTensor sums;
+      const int64_t rank = tokens.dim() - 3;
+      if (p.grad_key.data) sums = make_sums(*grad_key, p.grad_key, p.sum_key, [rank](const Tensor& tensor) { return heads_first_rows(tensor, rank); });
+      run_colours(kernels.by_key, p);
+    } else if (p.slots_out.data || p.grad_query.data) {
+      run(kernels.by_query.forward, p, kernels.by_query.query_items(p), kernels.by_query.scratch_bytes(p), work_of(p));
+    }
   }
-  int64_t slots() const {
-    int64_t count = 1;
-    for (const int64_t kernel : windows.kernel_size) count *= kernel;
-    return count + additional_tokens();
-  }
-  bool empty() const { return tokens.numel() == 0; }
 };
-
-void check(const Halves& h, int64_t least_dim) {
-  const int64_t rank = h.rank();
-  STD_TORCH_CHECK(rank >= 1 && rank <= kAxes, "natten: ", h.name, " has ", h.tokens.dim(), " dims, expected 4 to 6: [batch, heads, 1 to 3 axes, dim]");
-  cpu_dtype(h.tokens);
-  check_dim(h.name, h.dim(), least_dim);
-  check_windows(h.windows, rank);
-  for (int64_t axis = 0; axis < rank; ++axis) check_span(h.windows, axis, h.tokens.size(axis + 2));
-  if (!h.additional) return;
-  STD_TORCH_CHECK(h.additional->dim() == 4, "natten: ", h.additional_name, " has ", h.additional->dim(), " dims, expected 4");
-  check_shape(h.additional_name, *h.additional, {h.tokens.size(0), h.tokens.size(1), h.additional->size(2), h.dim()});
-  check_dtype(h.additional_name, *h.additional, h.tokens.scalar_type());
-  check_device(h.additional_name, *h.additional, h.tokens);
-}
-void check_like(const Halves& h, const char* name, const Tensor& tensor, int64_t last) {
-  check_shape(name, tensor, h.shape(last));
-  check_dtype(name, tensor, h.tokens.scalar_type());
-  check_device(name, tensor, h.tokens);
-}
-void check_needed(const Flags& needed, size_t count) {
-  STD_TORCH_CHECK(needed.size() == count, "natten: needed has ", needed.size(), " entries, expected ", count);
-}
-
-// Queries, keys and outputs are still to be set.
-Problem make_problem(const Halves& h) {
-  Problem p{};
-  const int64_t rank = h.rank();
-  p.batch = h.tokens.size(0);
-  p.heads = p.heads_kv = h.tokens.size(1);
-  p.head_dim = p.value_dim = h.dim();
-  p.scale = 1;
-  int64_t step = 1;
-  for (int64_t i = kAxes - 1; i >= 0; --i) {
-    const int64_t axis = i - (kAxes - rank);
-    p.q_shape[i] = p.kv_shape[i] = axis < 0 ? 1 : h.tokens.size(axis + 2);
-    p.axis[i] = Axis{1, 1, 1, 1, false};
-    if (axis >= 0) set_axis(p, h.windows, axis, rank, p.q_shape[i]);
-    p.slot_step[i] = step;
-    step *= p.axis[i].kernel;
-  }
-  p.additional = h.additional_tokens();
-  if (p.additional) p.additional_keys = p.additional_values = heads_first_rows(*h.additional, 1);
-  return p;
-}
-void set_keys(Problem& p, const Tensor& key, int64_t rank) { p.key = p.value = heads_first_rows(key, rank); }
-
-// A gradient like `tensor` as rows, or a tensor of size 0 where it is not needed; zeros where no kernel will write.
-Tensor make_gradient(const Halves& h, const Tensor* tensor, bool needed, int64_t spatial, Rows& rows) {
-  if (!needed || !tensor) return torch::stable::new_empty(h.tokens, Integers{0});
-  Tensor gradient = torch::stable::new_empty(*tensor, sizes_of(*tensor));
-  if (h.empty()) torch::stable::zero_(gradient);
-  else if (gradient.numel() > 0) rows = heads_first_rows(gradient, spatial);
-  return gradient;
-}
-
-// `grad_key` is there where the problem has a gradient of keys.
-void run_unfused(const Halves& h, Problem& p, Tensor* grad_key = nullptr) {
-  const cpu::UnfusedKernels kernels = cpu::unfused_kernels(cpu_dtype(h.tokens));
-  if (adds_to_keys(p)) {
-    const Tensor partials = torch::stable::new_zeros(h.tokens, Integers{kParts * kernels.by_key.partial_size(p)}, lse_dtype(h.tokens));
-    p.partials = partials.data_ptr();
-    OptionalTensor sums;
-    const int64_t rank = h.rank();
-    if (p.grad_key.data) sums = make_sums(*grad_key, p.grad_key, p.sum_key, [rank](const Tensor& tensor) { return heads_first_rows(tensor, rank); });
-    run_colours(kernels.by_key, p);
-  } else if (p.slots_out.data || p.grad_query.data) {
-    run(kernels.by_query.forward, p, kernels.by_query.query_items(p), kernels.by_query.scratch_bytes(p), work_of(p));
-  }
-}
-
-Tensor qk_cpu(const Tensor& query, const Tensor& key, Integers kernel_size, Integers stride, Integers dilation, Flags is_causal,
-              OptionalTensor rpb, OptionalTensor additional_keys) {
-  const Halves h{"query", query, {kernel_size, stride, dilation, is_causal}, "additional_keys", additional_keys};
-  check(h, 1);
-  check_like(h, "key", key, h.dim());
-  if (rpb) check_rpb(*rpb, h.windows, query, query.size(1));
-  rpb = dense(rpb);
-  Tensor attn = torch::stable::new_empty(query, h.shape(h.slots()));
-  if (h.empty()) return attn;
-  Problem p = make_problem(h);
-  p.query = heads_first_rows(query, h.rank());
-  set_keys(p, key, h.rank());
-  if (rpb) set_rpb(p, *rpb, h.rank());
-  p.slots_out = heads_first_rows(attn, h.rank());
-  p.absent = -HUGE_VAL;
-  run_unfused(h, p);
-  return attn;
-}
-
-Tensor av_cpu(const Tensor& attn, const Tensor& value, Integers kernel_size, Integers stride, Integers dilation, Flags is_causal,
-              OptionalTensor additional_values) {
-  const Halves h{"value", value, {kernel_size, stride, dilation, is_causal}, "additional_values", additional_values};
-  check(h, 0);
-  check_like(h, "attn", attn, h.slots());
-  Tensor out = torch::stable::new_empty(value, sizes_of(value));
-  if (h.empty()) return out;
-  Problem p = make_problem(h);
-  set_keys(p, value, h.rank());
-  p.slots_in = heads_first_rows(attn, h.rank());
-  p.grad_query = heads_first_rows(out, h.rank());
-  run_unfused(h, p);
-  return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_backward_cpu(
-    const Tensor& grad, const Tensor& query, const Tensor& key, Integers kernel_size, Integers stride, Integers dilation, Flags is_causal,
-    OptionalTensor rpb, OptionalTensor additional_keys, Flags needed) {
-  const Halves h{"query", query, {kernel_size, stride, dilation, is_causal}, "additional_keys", additional_keys};
-  check(h, 1);
-  check_like(h, "key", key, h.dim());
-  check_like(h, "grad", grad, h.slots());
-  check_needed(needed, 4);
-  if (rpb) check_rpb(*rpb, h.windows, query, query.size(1));
-  rpb = dense(rpb);
-  Problem p = make_problem(h);
-  Rows table;
-  Tensor grad_query = make_gradient(h, &query, needed[0], h.rank(), p.grad_query);
-  Tensor grad_key = make_gradient(h, &key, needed[1], h.rank(), p.grad_key);
-  Tensor grad_rpb = torch::stable::new_empty(query, Integers{0});
-  Tensor grad_additional = make_gradient(h, additional_keys ? &*additional_keys : nullptr, needed[3], 1, p.grad_additional_keys);
-  if (rpb && needed[2]) {
-    grad_rpb = torch::stable::new_empty(*rpb, sizes_of(*rpb));
-    set_rpb(p, *rpb, h.rank());
-    p.rpb.data = nullptr;  // its strides alone
-    p.grad_rpb.data = grad_rpb.data_ptr();
-    if (h.empty()) torch::stable::zero_(grad_rpb);
-  }
-  if (!h.empty()) {
-    p.query = heads_first_rows(query, h.rank());
-    set_keys(p, key, h.rank());
-    p.slots_in = heads_first_rows(grad, h.rank());
-    run_unfused(h, p, &grad_key);
-  }
-  return {grad_query, grad_key, grad_rpb, grad_additional};
-}
-
-std::tuple<Tensor, Tensor, Tensor> av_backward_cpu(
-    const Tensor& grad, const Tensor& attn, const Tensor& value, Integers kernel_size, Integers stride, Integers dilation, Flags is_causal,
-    OptionalTensor additional_values, Flags needed) {
-  const Halves h{"value", value, {kernel_size, stride, dilation, is_causal}, "additional_values", additional_values};
-  check(h, 0);
-  check_like(h, "attn", attn, h.slots());
-  check_like(h, "grad", grad, h.dim());
-  check_needed(needed, 3);
-  Problem p = make_problem(h);
-  Tensor grad_attn = make_gradient(h, &attn, needed[0], h.rank(), p.slots_out);
-  Tensor grad_value = make_gradient(h, &value, needed[1], h.rank(), p.grad_key);
-  Tensor grad_additional = make_gradient(h, additional_values ? &*additional_values : nullptr, needed[2], 1, p.grad_additional_keys);
-  if (!h.empty()) {
-    p.query = heads_first_rows(grad, h.rank());
-    set_keys(p, value, h.rank());
-    if (p.grad_key.data || p.grad_additional_keys.data) p.slots_in = heads_first_rows(attn, h.rank());
-    run_unfused(h, p, &grad_value);
-  }
-  return {grad_attn, grad_value, grad_additional};
-}
 
 }  // namespace
 
-#define NATTEN_WINDOWS "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, "
-
 STABLE_TORCH_LIBRARY_FRAGMENT(natten, m) {
-  m.def("na_qk(Tensor query, Tensor key, " NATTEN_WINDOWS "*, Tensor? rpb=None, Tensor? additional_keys=None) -> Tensor");
-  m.def("na_av(Tensor attn, Tensor value, " NATTEN_WINDOWS "*, Tensor? additional_values=None) -> Tensor");
-  m.def("na_qk_backward(Tensor grad, Tensor query, Tensor key, " NATTEN_WINDOWS
-        "Tensor? rpb, Tensor? additional_keys, bool[] needed) "
-        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_rpb, Tensor grad_additional_keys)");
-  m.def("na_av_backward(Tensor grad, Tensor attn, Tensor value, " NATTEN_WINDOWS
-        "Tensor? additional_values, bool[] needed) -> (Tensor grad_attn, Tensor grad_value, Tensor grad_additional_values)");
+  for (const char* schema : kUnfusedSchemas) m.def(schema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(natten, CPU, m) {
-  m.impl("na_qk", TORCH_BOX(&qk_cpu));
-  m.impl("na_av", TORCH_BOX(&av_cpu));
-  m.impl("na_qk_backward", TORCH_BOX(&qk_backward_cpu));
-  m.impl("na_av_backward", TORCH_BOX(&av_backward_cpu));
+  m.impl("na_qk", TORCH_BOX(&unfused_qk<Cpu>));
+  m.impl("na_av", TORCH_BOX(&unfused_av<Cpu>));
+  m.impl("na_qk_backward", TORCH_BOX(&unfused_qk_backward<Cpu>));
+  m.impl("na_av_backward", TORCH_BOX(&unfused_av_backward<Cpu>));
 }
 
 }  // namespace natten

@@ -79,6 +79,20 @@ _cuda_path = _load_cuda()
 has_cuda_kernels = _cuda_path is not None
 
 
+def why_no_cuda_kernels() -> str:
+    """How this process came to have no CUDA kernels, and how to get them; empty if it has them."""
+    if has_cuda_kernels:
+        return ""
+    if torch.version.cuda is None:
+        made = f"torch {torch.__version__} is a build without CUDA"
+    else:
+        made = "natten_ops was built where CMake found no nvcc, or no CUDA build of torch"
+    return (
+        f"{CUDA_LIBRARY} is not loaded: {made}; with a CUDA build of torch and nvcc 12 or newer, run "
+        f"`pip install --no-build-isolation .` in the source folder"
+    )
+
+
 def library_path() -> str:
     """The file of the CPU library, for C++ programs that `dlopen` it and for `cmake` (see `examples/cpp`)."""
     return _cpu_path
@@ -100,7 +114,7 @@ def show_config() -> str:
         "platform": platform.platform(),
         "cpu kernels": f"{_VECTOR_NAMES[torch.ops.natten._cpu_vector_bytes()]} ({_cpu_path})",
         "cpu threads": str(torch.get_num_threads()),
-        "cuda kernels": _cuda_path or "not built into this install",
+        "cuda kernels": _cuda_path or why_no_cuda_kernels(),
         "cuda of torch": str(torch.version.cuda),
         "cuda devices": ", ".join(devices) or "none",
     }

@@ -17,7 +17,6 @@ from natten_ops import _library
 from natten_ops.geometry.params import Box, NAParams
 
 ALL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-CUDA_MISSING = "CUDA kernels are not part of this version yet"
 
 
 class Problem(NamedTuple):
@@ -61,12 +60,15 @@ class Backend(NamedTuple):
     max_tile_bytes: int | None = None
     output_only: tuple[str, ...] = ()  # devices on which it has no backward and no log-sum-exp
     whole_grids: bool = False  # takes whole grids without additional tokens only
+    in_cuda_library: bool = False
 
     def why_not(self, problem: Problem) -> list[str]:
         """Every reason why this backend cannot run the problem; empty if it can."""
         reasons = []
         if self.devices is not None and problem.device not in self.devices:
             reasons.append(f"runs on {', '.join(self.devices)} tensors, not on {problem.device}")
+        elif self.in_cuda_library and not _library.has_cuda_kernels:
+            reasons.append(f"cannot run, {_library.why_no_cuda_kernels()}")
         if problem.dtype not in self.dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             reasons.append(f"takes {names}, not {str(problem.dtype).removeprefix('torch.')}")
@@ -121,6 +123,18 @@ BACKENDS = (
         compiles="as an extern call",
         verified_on="x86-64 with AVX2 and AVX-512",
         note="every option, any head dim, any strides, any window",
+    ),
+    Backend(
+        name="cuda-general",
+        id=3,
+        devices=("cuda",),
+        dtypes=ALL_DTYPES,
+        backward=True,
+        deterministic=True,
+        compiles="as an extern call",
+        verified_on="no GPU yet; x86-64 under emulation",
+        note="every option, any head dim, any strides, any window; a warp a query, no tensor cores",
+        in_cuda_library=True,
     ),
     Backend(
         name="reference",
@@ -211,11 +225,13 @@ def runs_here(tensor: Tensor) -> bool:
 
 def check_unfused(tensor: Tensor) -> None:
     """Raise ValueError where the unfused ops have no kernel for the tensor's device."""
-    if tensor.device.type != "cpu" and runs_here(tensor):
-        missing = f": {CUDA_MISSING}" if tensor.device.type == "cuda" else ""
-        raise ValueError(
-            f"the unfused ops run on cpu tensors, not on {tensor.device.type}{missing}; move the tensors to the CPU"
-        )
+    device = tensor.device.type
+    if device == "cpu" or (device == "cuda" and _library.has_cuda_kernels) or not runs_here(tensor):
+        return
+    missing = f": {_library.why_no_cuda_kernels()}" if device == "cuda" else ""
+    raise ValueError(
+        f"the unfused ops run on cpu and cuda tensors, not on {device}{missing}; move the tensors to the CPU"
+    )
 
 
 def check_id(number: int) -> None:
@@ -237,8 +253,6 @@ def require(name: str, problem: Problem) -> Backend:
 def _no_backend(problem: Problem) -> str:
     lines = [f"no kernel of natten_ops runs {problem}:"]
     lines += [f"  {b.name}: {'; '.join(b.why_not(problem))}" for b in BACKENDS if b.id is not None]
-    if problem.device == "cuda" and not _library.has_cuda_kernels:
-        lines.append(f"  this install has no {_library.CUDA_LIBRARY}: {CUDA_MISSING}")
     lines.append(
         'The way out: move the tensors to the CPU, or pass backend="reference" (plain torch, slow, any device).'
     )

@@ -5,7 +5,7 @@
 
 namespace natten::cpu {
 
-enum class Dtype { float64, float32, float16, bfloat16 };
+using natten::Dtype;
 
 // Runs items [begin, end) of a pass; `part` numbers the caller's share and `scratch` is private to it.
 using Pass = void (*)(const Problem&, void* scratch, int64_t part, int64_t begin, int64_t end);

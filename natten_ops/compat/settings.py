@@ -205,7 +205,8 @@ def context_of(row: Row, place: Place) -> Context:
 
 def has_cuda(place: Place) -> bool:
     """Whether CUDA kernels of natten_ops are installed and a CUDA device is there."""
-    kernels = any(b.id is not None and "cuda" in (b.devices or ()) for b in backends.BACKENDS)
+    problem = backends.Problem("cuda", torch.float32)
+    kernels = any(b.id is not None and not b.why_not(problem) for b in backends.BACKENDS)
     return kernels and torch.cuda.is_available()
 
 
@@ -226,7 +227,7 @@ class Runs:
             device = "cuda" if has_cuda(place) else "cpu"
         else:
             device = "cuda" if isinstance(device_index, int) else torch.device(device_index).type
-        if self.dtype is None:
+        if self.dtype is None or (device == "cuda" and not has_cuda(place)):
             return False
         problem = backends.Problem(device, self.dtype)
         return any(b.id is not None and not b.why_not(problem) for b in backends.BACKENDS)

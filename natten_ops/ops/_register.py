@@ -129,12 +129,13 @@ def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def register_missing_cuda(name: str, message: str) -> None:
-    """Without the CUDA library a CUDA call raises our sentence instead of the dispatcher's."""
-    if _library.has_cuda_kernels:
+def register_missing_cuda(name: str, has_kernel: bool = True) -> None:
+    """Where there is no CUDA kernel, a CUDA call raises our sentence instead of the dispatcher's."""
+    if has_kernel and _library.has_cuda_kernels:
         return
+    why = _library.why_no_cuda_kernels() if has_kernel else "this op has CPU kernels only"
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        raise ValueError(message)
+        raise ValueError(f"no CUDA kernel for natten::{name}: {why}; or move the tensors to the CPU")
 
     LIBRARY.impl(name, kernel, "CUDA")

@@ -352,6 +352,4 @@ def _backward_flops(*shapes: Any, out_val: Any = None, out_shape: Any = None, **
 
 
 for name in (FORWARD, BACKWARD):
-    register_missing_cuda(
-        name, f"no CUDA kernel for natten::{name}: {backends.CUDA_MISSING}; move the tensors to the CPU"
-    )
+    register_missing_cuda(name)

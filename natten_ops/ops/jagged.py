@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from natten_ops import backends, flops
+from natten_ops import flops
 from natten_ops.geometry.params import NAParams, make_params
 from natten_ops.ops._register import (
     LIBRARY,
@@ -254,6 +254,4 @@ def _backward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
 
 
 for name in (FORWARD, BACKWARD):
-    register_missing_cuda(
-        name, f"no CUDA kernel for natten::{name}: {backends.CUDA_MISSING}; move the tensors to the CPU"
-    )
+    register_missing_cuda(name, has_kernel=False)

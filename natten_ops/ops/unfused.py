@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from natten_ops import backends, flops, reference
+from natten_ops import flops, reference
 from natten_ops.ops._batching import fold, sample_by_sample, unfold
 from natten_ops.ops._register import (
     LIBRARY,
@@ -389,6 +389,4 @@ def _av_backward_flops(*shapes: Any, out_val: Any = None, out_shape: Any = None,
 
 
 for name in ("na_qk", "na_av", "na_qk_backward", "na_av_backward"):
-    register_missing_cuda(
-        name, f"no CUDA kernel for natten::{name}: {backends.CUDA_MISSING}; move the tensors to the CPU"
-    )
+    register_missing_cuda(name)

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+// The kernels (kernels.h) behind the fronts that all devices share. A System is what differs between a GPU and the emulator:
+//   Guard                               made of a tensor: its device is the current one while memory is asked for
+//   stream(tensor)                      on which kernels are to run
+//   expose(problem, dtype, partials)    called before kernels run: all that they may touch
+#pragma once
+#include "../fused.h"
+#include "../unfused.h"
+#include "kernels.h"
+
+namespace natten::cuda {
+
+inline void require(const char* error, const Problem& p) {
+  STD_TORCH_CHECK(!error, "natten: CUDA refused a kernel for ", p.batch, " x ", p.q_shape[0], " x ", p.q_shape[1], " x ", p.q_shape[2],
+                  " queries, ", p.heads, " heads of ", p.head_dim, " and ", p.value_dim, ": ", error ? error : "");
+}
+
+template <class System> struct Gpu {
+  using Guard = typename System::Guard;
+
+  static void check_backend(int64_t backend) {
+    STD_TORCH_CHECK(backend == kChoose || backend == kCudaGeneral, "natten: backend=", backend,
+                    " cannot run on CUDA tensors; use 0 (choose) or 3 (cuda-general)");
+  }
+
+  static void forward(const Problem& p, const Tensor& query, int64_t /*one path so far*/) {
+    const Dtype dtype = dtype_of(query);
+    System::expose(p, dtype, 0);
+    require(general::forward(p, dtype, System::stream(query)), p);
+  }
+
+  static void backward(Problem& p, const Tensor& lse, std::vector<Tensor>& gradients, int64_t rank, int64_t) {
+    const Dtype dtype = dtype_of(gradients[kQuery]);
+    const Tensor delta = torch::stable::new_empty(lse, sizes_of(lse)), row_lse = torch::stable::new_empty(lse, sizes_of(lse));
+    p.delta = rows_of(delta, true, rank, true, false);
+    p.row_lse = rows_of(row_lse, true, rank, true, false);
+    run_with_partials(p, dtype, lse, general::backward);
+  }
+
+  static void unfused(Problem& p, const Tensor& tokens, Tensor*) {
+    run_with_partials(p, dtype_of(tokens), tokens, general::unfused);
+  }
+
+ private:
+  static void run_with_partials(Problem& p, Dtype dtype, const Tensor& like, const char* (*pass)(const Problem&, Dtype, Stream)) {
+    const int64_t size = general::partial_size(p);
+    const Tensor partials = torch::stable::new_empty(like, Integers{size}, lse_dtype(like));
+    p.partials = partials.data_ptr();
+    System::expose(p, dtype, size);
+    require(pass(p, dtype, System::stream(like)), p);
+  }
+};
+
+template <class System> void register_kernels(torch::stable::detail::StableLibrary& m) {
+  m.impl("neighborhood_attention_lse", TORCH_BOX(&fused_forward<Gpu<System>>));
+  m.impl("neighborhood_attention_lse_backward", TORCH_BOX(&fused_backward<Gpu<System>>));
+  m.impl("na_qk", TORCH_BOX(&unfused_qk<Gpu<System>>));
+  m.impl("na_av", TORCH_BOX(&unfused_av<Gpu<System>>));
+  m.impl("na_qk_backward", TORCH_BOX(&unfused_qk_backward<Gpu<System>>));
+  m.impl("na_av_backward", TORCH_BOX(&unfused_av_backward<Gpu<System>>));
+}
+
+}  // namespace natten::cuda

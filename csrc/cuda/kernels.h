@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: MIT
+// The CUDA kernels as the fronts call them: on a problem and a stream. No torch, no CUDA header.
+// Each returns null, or what the driver said of a launch that it refused.
+#pragma once
+#include "../problem.h"
+
+namespace natten::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// Plain CUDA: every dtype, option, head dim and stride. A warp has a query (or a key) of one head; nothing is added up in an
+// order that the hardware chooses.
+namespace general {
+const char* forward(const Problem& problem, Dtype dtype, Stream stream);
+// The gradients that the problem has. Reads out and lse; `delta` and `row_lse` are written, `partials` has
+// partial_size(problem) numbers in the dtype of lse.
+const char* backward(const Problem& problem, Dtype dtype, Stream stream);
+// The unfused ops: slots_out, and the gradients that the problem has.
+const char* unfused(const Problem& problem, Dtype dtype, Stream stream);
+int64_t partial_size(const Problem& problem);
+}  // namespace general
+
+}  // namespace natten::cuda

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: MIT
+"""The general CUDA kernels under emulation: numbers against the reference, no findings, the same bits in any order."""
+
+import dataclasses
+import math
+
+import emulated
+import pytest
+import torch
+from dense import errors_of_torch, worst
+from halves import av, finite, halved, make, present, qk, replaced
+from halves import in_double as halves_in_double
+from hypothesis import given, settings
+from samples import DTYPES, EMPTY, NAMED, Problem, differentiable, expected, in_double, problems
+
+from natten_ops import reference
+
+ALL = {**NAMED, **EMPTY}
+FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # two ulps at 1
+
+
+def gradients_of(inputs, gradients):
+    """Those of the inputs that are there, in the order of Inputs."""
+    by_name = dict(zip(emulated.GRADIENTS, gradients))
+    return [by_name[name] for name in inputs._fields[:-1] if getattr(inputs, name) is not None]
+
+
+def compare(problem, dtype, seed=0):
+    """Outputs and gradients within twice the error of torch's own op in the same dtype (and two ulps)."""
+    inputs = problem.make(dtype, seed)
+    want, want_lse = expected(inputs, problem)
+    grad_out = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64).to(dtype)
+    torch_out, torch_grads = 0.0, [0.0] * len(differentiable(inputs))
+    if want.numel():  # of nothing torch's own op has no gradient
+        torch_out, torch_grads = errors_of_torch(inputs, problem, grad_out)
+    floor = FLOOR[dtype]
+    out, lse = outputs = emulated.forward(inputs, problem)
+    assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert worst(out, want) <= 2 * torch_out + floor * max(1.0, want.abs().max().item() if want.numel() else 0)
+    torch.testing.assert_close(lse.double(), want_lse, atol=floor * 10 if dtype == torch.float64 else 1e-5, rtol=1e-5)
+    no_grad = torch.zeros_like(want_lse)
+    exact = reference.backward(grad_out.double(), no_grad, in_double(inputs), *problem.geometry(), problem.scale)
+    have = gradients_of(inputs, emulated.backward((grad_out, None), outputs, inputs, problem))
+    for gradient, truth, error in zip(have, differentiable(exact), torch_grads):
+        scale = max(1.0, truth.abs().max().item() if truth.numel() else 0)
+        assert gradient.dtype == dtype and worst(gradient, truth) <= 2 * error + 2 * floor * scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_named_problems(name, dtype):
+    compare(ALL[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(problem=problems())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_problem(dtype, problem):
+    compare(problem, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(problem=problems())
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_any_problem_long(dtype, problem):
+    compare(problem, dtype)
+
+
+@pytest.mark.parametrize("dims", [(32, 33), (64, 65), (128, 129), (300, 1), (1, 300)], ids=str)
+def test_head_dims_at_the_bounds_of_registers(dims):
+    """A lane has one, two or four numbers of a row; longer rows are summed in pieces."""
+    head_dim, value_dim = dims
+    problem = Problem((5, 4), (3, 2), heads=2, group=2, batch=1, head_dim=head_dim, value_dim=value_dim, additional=2)
+    compare(problem, torch.float32)
+    compare(problem, torch.float16)
+
+
+def test_windows_of_more_than_a_chunk_and_many_queries_of_a_key():
+    compare(Problem((7, 6, 5), (5, 6, 3), batch=1, heads=1), torch.float32)
+    compare(Problem((90,), (70,), is_causal=(True,), batch=1, heads=2, group=2, rpb=True), torch.float32)
+
+
+def test_gradients_of_both_outputs_and_of_the_lse_alone():
+    for name in ("everything", "strided", "box"):
+        problem = NAMED[name]
+        inputs = problem.make()
+        outputs = emulated.forward(inputs, problem)
+        grad_lse = torch.randn_like(outputs[1]) * torch.isfinite(outputs[1])
+        for grad_out in (torch.randn_like(outputs[0]), None):
+            zeros = torch.zeros_like(outputs[0])
+            exact = reference.backward(
+                zeros if grad_out is None else grad_out, grad_lse, inputs, *problem.geometry(), problem.scale
+            )
+            have = gradients_of(inputs, emulated.backward((grad_out, grad_lse), outputs, inputs, problem))
+            for gradient, truth in zip(have, differentiable(exact)):
+                assert worst(gradient, truth) <= 1e-12 * max(1.0, truth.abs().max().item())
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_one_gradient_alone_has_the_same_bits(which):
+    problem = NAMED["everything"]
+    inputs = problem.make(torch.float32)
+    outputs = emulated.forward(inputs, problem)
+    grads = torch.randn_like(outputs[0]), None
+    together = emulated.backward(grads, outputs, inputs, problem)
+    alone = emulated.backward(grads, outputs, inputs, problem, needed=[i == which for i in range(6)])
+    assert torch.equal(alone[which], together[which])
+    assert all(alone[i].numel() == 0 for i in range(6) if i != which)
+
+
+def test_rows_that_lie_badly_are_read_one_number_at_a_time():
+    """Neither an odd storage offset nor odd strides may be read sixteen bytes at once."""
+    problem = NAMED["plain"]
+    inputs = problem.make(torch.float16)
+    odd = [torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t) for t in inputs[:3]]
+    wide = [torch.cat([t, t[..., :1]], dim=-1)[..., :-1] for t in inputs[:3]]
+    want = emulated.forward(inputs, problem)
+    for tensors in (odd, wide):
+        for have, expect in zip(emulated.forward(inputs._replace(**dict(zip(inputs._fields, tensors))), problem), want):
+            assert torch.equal(have, expect)
+
+
+def test_nan_spreads_to_those_who_see_it_and_no_further():
+    """Also where all that a query sees is NaN; what is masked may hold NaN."""
+    problem = Problem((9,), (3,), batch=1, heads=1, head_dim=4)
+    inputs = problem.make(torch.float32)
+    inputs.key[0, 4] = math.nan
+    out, lse = emulated.forward(inputs, problem)
+    assert torch.isnan(out).any(-1)[0, :, 0].tolist() == [3 <= i <= 5 for i in range(9)]
+    assert torch.isnan(lse)[0, :, 0].tolist() == [3 <= i <= 5 for i in range(9)]
+    inputs.query[0, 0] = math.nan
+    assert torch.isnan(emulated.forward(inputs, problem)[0][0, 0]).all()
+    masked = inputs._replace(query=torch.ones_like(inputs.query), key_mask=torch.arange(9)[None] != 4)
+    masked.value[0, 4] = math.nan
+    outputs = emulated.forward(masked, problem)
+    gradients = emulated.backward((torch.ones_like(outputs[0]), None), outputs, masked, problem)
+    assert all(torch.isfinite(t).all() for t in [*outputs, *gradients])
+
+
+# ---- unfused ---------------------------------------------------------------------------------------------------------
+
+
+class Emulated:
+    """na_qk and na_av as `halves` calls them."""
+
+    def __getattr__(self, name):
+        def run(*args, **kwargs):
+            return emulated.call(name, *args, **kwargs)[0]
+
+        return run
+
+
+def compare_halves(problem, dtype, monkeypatch):
+    problem = halved(problem)
+    tensors = make(problem, dtype)
+    exact = halves_in_double(tensors)
+    monkeypatch.setattr("halves.ops", ops := Emulated())
+    attn, out = qk(tensors, problem, ops), av(tensors, problem, ops)
+    want_attn, want_out = qk(exact, problem, reference), av(exact, problem, reference)
+    assert torch.equal(attn == -math.inf, want_attn == -math.inf)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
+    for have, want in ((finite(attn), finite(want_attn)), (out, want_out)):
+        assert have.dtype == dtype
+        assert worst(have, want) <= tolerance * max(1.0, want.abs().max().item() if want.numel() else 0)
+    leaves = [t.requires_grad_() for t in present(exact)]
+    again = replaced(exact, leaves)
+    outputs = finite(qk(again, problem, reference)), av(again, problem, reference)
+    grads = [torch.randn_like(t).to(dtype) for t in outputs]
+    truths = replaced(exact, torch.autograd.grad(outputs, leaves, [g.double() for g in grads]))
+    lists, t = problem.lists(), tensors
+    of_qk = emulated.call("na_qk_backward", grads[0], t.query, t.key, *lists, t.rpb, t.additional_keys, [True] * 4)
+    of_av = emulated.call("na_av_backward", grads[1], t.attn, t.value, *lists, t.additional_values, [True] * 3)
+    wanted = [truths.query, truths.key, truths.rpb, truths.additional_keys]
+    wanted += [truths.attn, truths.value, truths.additional_values]
+    for have, want in zip([*of_qk, *of_av], wanted):
+        if want is not None:
+            assert worst(have, want) <= tolerance * max(1.0, want.abs().max().item() if want.numel() else 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_named_halves(name, dtype, monkeypatch):
+    compare_halves(ALL[name], dtype, monkeypatch)
+
+
+@given(problem=problems())
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_any_halves(problem):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        compare_halves(dataclasses.replace(problem, batch=1), torch.float32, monkeypatch)
+
+
+# ---- fronts -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_front_takes_the_ids_of_cuda_kernels_only():
+    from natten_ops import backends
+
+    problem = NAMED["line"]
+    inputs = problem.make(torch.float32)
+    known = {b.id for b in backends.BACKENDS if b.id is not None and "cuda" in (b.devices or ())}
+    for number in [0, *sorted(known)]:
+        emulated.forward(inputs, problem, backend=number)
+    for number in {1, 2, max(known) + 1, -1}:
+        with pytest.raises(RuntimeError, match="cannot run on CUDA tensors"):
+            emulated.forward(inputs, problem, backend=number)
