@@ -8,7 +8,7 @@ The facts also make the table in the README. Ids are those of `csrc/arguments.h`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class Problem(NamedTuple):
     lse: bool = False  # the log-sum-exp is asked for
     additional: bool = False  # additional keys and values
     sub_box: bool = False
+    dims: tuple[int, int] = (8, 8)  # head dim and value dim
+    aligned: bool = True  # rows begin at multiples of 16 bytes and lie densely
+    capability: int = 80  # of a CUDA device, times ten
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} tensors on {self.device}"
@@ -61,6 +64,8 @@ class Backend(NamedTuple):
     output_only: tuple[str, ...] = ()  # devices on which it has no backward and no log-sum-exp
     whole_grids: bool = False  # takes whole grids without additional tokens only
     in_cuda_library: bool = False
+    dims: tuple[int, int] | None = None  # head dims are multiples of the first, at most the second
+    capability: int = 0  # of the device, times ten, at least
 
     def why_not(self, problem: Problem) -> list[str]:
         """Every reason why this backend cannot run the problem; empty if it can."""
@@ -68,7 +73,7 @@ class Backend(NamedTuple):
         if self.devices is not None and problem.device not in self.devices:
             reasons.append(f"runs on {', '.join(self.devices)} tensors, not on {problem.device}")
         elif self.in_cuda_library and not _library.has_cuda_kernels:
-            reasons.append(f"cannot run, {_library.why_no_cuda_kernels()}")
+            reasons.append(f"is part of {_library.CUDA_LIBRARY}, which is not loaded")
         if problem.dtype not in self.dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             reasons.append(f"takes {names}, not {str(problem.dtype).removeprefix('torch.')}")
@@ -83,7 +88,21 @@ class Backend(NamedTuple):
                 f"keeps the keys and scores of a tile in cache, {problem.tile_bytes} bytes here, "
                 f"at most {self.max_tile_bytes}: {_what_is_large(problem)} is too large"
             )
-        return reasons + self._why_not_flex(problem)
+        return reasons + self._why_not_tensor_cores(problem) + self._why_not_flex(problem)
+
+    def _why_not_tensor_cores(self, problem: Problem) -> list[str]:
+        """What matrix instructions need of tensors and devices."""
+        reasons = []
+        if self.dims is not None and any(n % self.dims[0] or not 0 < n <= self.dims[1] for n in problem.dims):
+            step, most = self.dims
+            reasons.append(f"takes head dims that are multiples of {step}, {step} to {most}, not {problem.dims}")
+        if self.dims is not None and not problem.aligned:
+            reasons.append("takes rows that begin at multiples of 16 bytes and lie densely: call contiguous()")
+        if problem.capability < self.capability:
+            reasons.append(
+                f"takes devices of compute capability {self.capability / 10} and up, not {problem.capability / 10}"
+            )
+        return reasons
 
     def _why_not_flex(self, problem: Problem) -> list[str]:
         """What FlexAttention lacks."""
@@ -123,6 +142,20 @@ BACKENDS = (
         compiles="as an extern call",
         verified_on="x86-64 with AVX2 and AVX-512",
         note="every option, any head dim, any strides, any window",
+    ),
+    Backend(
+        name="cuda-mma",
+        id=4,
+        devices=("cuda",),
+        dtypes=(torch.float16, torch.bfloat16),
+        backward=True,
+        deterministic=True,
+        compiles="as an extern call",
+        verified_on="no GPU yet; x86-64 under emulation",
+        note="every option; head dims that are multiples of 8 up to 256, rows of 16-byte pieces, compute capability 8.0",
+        in_cuda_library=True,
+        dims=(8, 256),
+        capability=80,
     ),
     Backend(
         name="cuda-general",
@@ -178,14 +211,29 @@ def describe(
         shells = [None if t is None else torch.empty((), dtype=t.dtype, device="cpu").expand(t.shape) for t in inputs]
         lists = [list(entry) for entry in params], [list(entry) for entry in box or ((), (), ())]
         tile_bytes = torch.ops.natten._cpu_tiled_scratch_bytes(*shells[:3], *lists[0], *shells[3:], *lists[1], whole)
-    head_dim = min(query.shape[-1], value.shape[-1])
-    facts = {
+    dims = query.shape[-1], value.shape[-1]
+    capability = 80
+    if query.device.type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(query.device)
+        capability = 10 * major + minor
+    facts: dict[str, Any] = {
         "whole": whole,
         "bias": inputs[5] is not None,
         "additional": inputs[3] is not None,
         "sub_box": box is not None,
+        "dims": dims,
+        "aligned": all(t is None or _is_aligned(t) for t in inputs[:5]),
+        "capability": capability,
     }
-    return Problem(query.device.type, query.dtype, 1.0 if scale is None else scale, head_dim, tile_bytes, **facts)
+    return Problem(query.device.type, query.dtype, 1.0 if scale is None else scale, min(dims), tile_bytes, **facts)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether sixteen bytes at a time may be read of every row."""
+    if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.device.type == "meta":
+        return tensor.stride(-1) == 1
+    offsets = [step * tensor.element_size() for step in tensor.stride()[:-1]]
+    return tensor.stride(-1) == 1 and not any(n % 16 for n in [tensor.data_ptr(), *offsets])
 
 
 NAMES = tuple(backend.name for backend in BACKENDS)
@@ -246,13 +294,18 @@ def require(name: str, problem: Problem) -> Backend:
     backend = by_name(name)
     reasons = backend.why_not(problem)
     if reasons:
-        raise ValueError(f"backend={name!r} cannot run {problem}: it {'; it '.join(reasons)}")
+        lacks = _library.why_no_cuda_kernels() if backend.in_cuda_library and problem.device == "cuda" else ""
+        raise ValueError(
+            f"backend={name!r} cannot run {problem}: it {'; it '.join(reasons)}{'; ' if lacks else ''}{lacks}"
+        )
     return backend
 
 
 def _no_backend(problem: Problem) -> str:
     lines = [f"no kernel of natten_ops runs {problem}:"]
     lines += [f"  {b.name}: {'; '.join(b.why_not(problem))}" for b in BACKENDS if b.id is not None]
+    if problem.device == "cuda" and not _library.has_cuda_kernels:
+        lines.append(f"  {_library.why_no_cuda_kernels()}")
     lines.append(
         'The way out: move the tensors to the CPU, or pass backend="reference" (plain torch, slow, any device).'
     )

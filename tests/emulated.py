@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from samples import Problem
+from dense import errors_of_torch, worst
+from samples import Problem, differentiable, expected, in_double
 from torch import Tensor
 
+from natten_ops import reference
 from natten_ops.reference import Inputs
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +39,7 @@ GRADIENTS = ("query", "key", "value", "rpb", "additional_keys", "additional_valu
 
 def compile_one(source: Path, folder: Path) -> Path:
     include = ["-isystem", str(Path(torch.__file__).parent / "include"), "-I", str(ROOT / "tests/emulation")]
-    target = folder / f"{source.name}.o"
+    target = folder / f"{source.parent.name}_{source.name}.o"
     flags = [*FLAGS, *(f"-D{define}" for define in DEFINES)]
     subprocess.run(["g++", *flags, *include, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
     return target
@@ -118,3 +120,33 @@ def backward(
         "neighborhood_attention_lse_backward", *grads, *outputs, *i[:3], *s[:5], i.additional_keys, i.additional_values,
         i.rpb, i.key_mask, s.q_origin, s.kv_origin, s.extent, backend, list(needed), True,
     )  # fmt: skip
+
+
+FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # two ulps at 1
+
+
+def gradients_of(inputs: Inputs, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the inputs that are there, in the order of Inputs."""
+    by_name = dict(zip(GRADIENTS, gradients))
+    return [by_name[name] for name in inputs._fields[:-1] if getattr(inputs, name) is not None]
+
+
+def compare(problem: Problem, dtype: torch.dtype, backend: int, seed: int = 0) -> None:
+    """Outputs and gradients within twice the error of torch's own op in the same dtype (and two ulps)."""
+    inputs = problem.make(dtype, seed)
+    want, want_lse = expected(inputs, problem)
+    grad_out = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64).to(dtype)
+    torch_out, torch_grads = 0.0, [0.0] * len(differentiable(inputs))
+    if want.numel():  # of nothing torch's own op has no gradient
+        torch_out, torch_grads = errors_of_torch(inputs, problem, grad_out)
+    floor = FLOOR[dtype]
+    out, lse = outputs = forward(inputs, problem, backend)
+    assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert worst(out, want) <= 2 * torch_out + floor * max(1.0, want.abs().max().item() if want.numel() else 0)
+    torch.testing.assert_close(lse.double(), want_lse, atol=floor * 10 if dtype == torch.float64 else 1e-5, rtol=1e-5)
+    no_grad = torch.zeros_like(want_lse)
+    exact = reference.backward(grad_out.double(), no_grad, in_double(inputs), *problem.geometry(), problem.scale)
+    have = gradients_of(inputs, backward((grad_out, None), outputs, inputs, problem, backend=backend))
+    for gradient, truth, error in zip(have, differentiable(exact), torch_grads):
+        scale = max(1.0, truth.abs().max().item() if truth.numel() else 0)
+        assert gradient.dtype == dtype and worst(gradient, truth) <= 2 * error + 2 * floor * scale

@@ -7,43 +7,20 @@ import math
 import emulated
 import pytest
 import torch
-from dense import errors_of_torch, worst
+from dense import worst
 from halves import av, finite, halved, make, present, qk, replaced
 from halves import in_double as halves_in_double
 from hypothesis import given, settings
-from samples import DTYPES, EMPTY, NAMED, Problem, differentiable, expected, in_double, problems
+from samples import DTYPES, EMPTY, NAMED, Problem, differentiable, problems
 
-from natten_ops import reference
+from natten_ops import backends, reference
 
 ALL = {**NAMED, **EMPTY}
-FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # two ulps at 1
+GENERAL = backends.by_name("cuda-general").id
 
 
-def gradients_of(inputs, gradients):
-    """Those of the inputs that are there, in the order of Inputs."""
-    by_name = dict(zip(emulated.GRADIENTS, gradients))
-    return [by_name[name] for name in inputs._fields[:-1] if getattr(inputs, name) is not None]
-
-
-def compare(problem, dtype, seed=0):
-    """Outputs and gradients within twice the error of torch's own op in the same dtype (and two ulps)."""
-    inputs = problem.make(dtype, seed)
-    want, want_lse = expected(inputs, problem)
-    grad_out = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64).to(dtype)
-    torch_out, torch_grads = 0.0, [0.0] * len(differentiable(inputs))
-    if want.numel():  # of nothing torch's own op has no gradient
-        torch_out, torch_grads = errors_of_torch(inputs, problem, grad_out)
-    floor = FLOOR[dtype]
-    out, lse = outputs = emulated.forward(inputs, problem)
-    assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert worst(out, want) <= 2 * torch_out + floor * max(1.0, want.abs().max().item() if want.numel() else 0)
-    torch.testing.assert_close(lse.double(), want_lse, atol=floor * 10 if dtype == torch.float64 else 1e-5, rtol=1e-5)
-    no_grad = torch.zeros_like(want_lse)
-    exact = reference.backward(grad_out.double(), no_grad, in_double(inputs), *problem.geometry(), problem.scale)
-    have = gradients_of(inputs, emulated.backward((grad_out, None), outputs, inputs, problem))
-    for gradient, truth, error in zip(have, differentiable(exact), torch_grads):
-        scale = max(1.0, truth.abs().max().item() if truth.numel() else 0)
-        assert gradient.dtype == dtype and worst(gradient, truth) <= 2 * error + 2 * floor * scale
+def compare(problem, dtype):
+    emulated.compare(problem, dtype, GENERAL)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,14 +62,16 @@ def test_gradients_of_both_outputs_and_of_the_lse_alone():
     for name in ("everything", "strided", "box"):
         problem = NAMED[name]
         inputs = problem.make()
-        outputs = emulated.forward(inputs, problem)
+        outputs = emulated.forward(inputs, problem, GENERAL)
         grad_lse = torch.randn_like(outputs[1]) * torch.isfinite(outputs[1])
         for grad_out in (torch.randn_like(outputs[0]), None):
             zeros = torch.zeros_like(outputs[0])
             exact = reference.backward(
                 zeros if grad_out is None else grad_out, grad_lse, inputs, *problem.geometry(), problem.scale
             )
-            have = gradients_of(inputs, emulated.backward((grad_out, grad_lse), outputs, inputs, problem))
+            have = emulated.gradients_of(
+                inputs, emulated.backward((grad_out, grad_lse), outputs, inputs, problem, backend=GENERAL)
+            )
             for gradient, truth in zip(have, differentiable(exact)):
                 assert worst(gradient, truth) <= 1e-12 * max(1.0, truth.abs().max().item())
 
@@ -101,10 +80,10 @@ def test_gradients_of_both_outputs_and_of_the_lse_alone():
 def test_one_gradient_alone_has_the_same_bits(which):
     problem = NAMED["everything"]
     inputs = problem.make(torch.float32)
-    outputs = emulated.forward(inputs, problem)
+    outputs = emulated.forward(inputs, problem, GENERAL)
     grads = torch.randn_like(outputs[0]), None
-    together = emulated.backward(grads, outputs, inputs, problem)
-    alone = emulated.backward(grads, outputs, inputs, problem, needed=[i == which for i in range(6)])
+    together = emulated.backward(grads, outputs, inputs, problem, backend=GENERAL)
+    alone = emulated.backward(grads, outputs, inputs, problem, needed=[i == which for i in range(6)], backend=GENERAL)
     assert torch.equal(alone[which], together[which])
     assert all(alone[i].numel() == 0 for i in range(6) if i != which)
 
@@ -115,9 +94,11 @@ def test_rows_that_lie_badly_are_read_one_number_at_a_time():
     inputs = problem.make(torch.float16)
     odd = [torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t) for t in inputs[:3]]
     wide = [torch.cat([t, t[..., :1]], dim=-1)[..., :-1] for t in inputs[:3]]
-    want = emulated.forward(inputs, problem)
+    want = emulated.forward(inputs, problem, GENERAL)
     for tensors in (odd, wide):
-        for have, expect in zip(emulated.forward(inputs._replace(**dict(zip(inputs._fields, tensors))), problem), want):
+        for have, expect in zip(
+            emulated.forward(inputs._replace(**dict(zip(inputs._fields, tensors))), problem, GENERAL), want
+        ):
             assert torch.equal(have, expect)
 
 
@@ -126,15 +107,15 @@ def test_nan_spreads_to_those_who_see_it_and_no_further():
     problem = Problem((9,), (3,), batch=1, heads=1, head_dim=4)
     inputs = problem.make(torch.float32)
     inputs.key[0, 4] = math.nan
-    out, lse = emulated.forward(inputs, problem)
+    out, lse = emulated.forward(inputs, problem, GENERAL)
     assert torch.isnan(out).any(-1)[0, :, 0].tolist() == [3 <= i <= 5 for i in range(9)]
     assert torch.isnan(lse)[0, :, 0].tolist() == [3 <= i <= 5 for i in range(9)]
     inputs.query[0, 0] = math.nan
-    assert torch.isnan(emulated.forward(inputs, problem)[0][0, 0]).all()
+    assert torch.isnan(emulated.forward(inputs, problem, GENERAL)[0][0, 0]).all()
     masked = inputs._replace(query=torch.ones_like(inputs.query), key_mask=torch.arange(9)[None] != 4)
     masked.value[0, 4] = math.nan
-    outputs = emulated.forward(masked, problem)
-    gradients = emulated.backward((torch.ones_like(outputs[0]), None), outputs, masked, problem)
+    outputs = emulated.forward(masked, problem, GENERAL)
+    gradients = emulated.backward((torch.ones_like(outputs[0]), None), outputs, masked, problem, backend=GENERAL)
     assert all(torch.isfinite(t).all() for t in [*outputs, *gradients])
 
 
@@ -195,10 +176,8 @@ def test_any_halves(problem):
 
 
 def test_the_front_takes_the_ids_of_cuda_kernels_only():
-    from natten_ops import backends
-
     problem = NAMED["line"]
-    inputs = problem.make(torch.float32)
+    inputs = problem.make(torch.float16)  # which all of them take
     known = {b.id for b in backends.BACKENDS if b.id is not None and "cuda" in (b.devices or ())}
     for number in [0, *sorted(known)]:
         emulated.forward(inputs, problem, backend=number)

@@ -19,22 +19,23 @@ template <class System> struct Gpu {
   using Guard = typename System::Guard;
 
   static void check_backend(int64_t backend) {
-    STD_TORCH_CHECK(backend == kChoose || backend == kCudaGeneral, "natten: backend=", backend,
-                    " cannot run on CUDA tensors; use 0 (choose) or 3 (cuda-general)");
+    STD_TORCH_CHECK(backend == kChoose || backend == kCudaGeneral || backend == kCudaMma, "natten: backend=", backend,
+                    " cannot run on CUDA tensors; use 0 (choose), 3 (cuda-general) or 4 (cuda-mma)");
   }
 
-  static void forward(const Problem& p, const Tensor& query, int64_t /*one path so far*/) {
+  static void forward(const Problem& p, const Tensor& query, int64_t backend) {
     const Dtype dtype = dtype_of(query);
     System::expose(p, dtype, 0);
-    require(general::forward(p, dtype, System::stream(query)), p);
+    const auto pass = takes_tiles(p, dtype, false, backend) ? tiles::forward : general::forward;
+    require(pass(p, dtype, System::stream(query)), p);
   }
 
-  static void backward(Problem& p, const Tensor& lse, std::vector<Tensor>& gradients, int64_t rank, int64_t) {
+  static void backward(Problem& p, const Tensor& lse, std::vector<Tensor>& gradients, int64_t rank, int64_t backend) {
     const Dtype dtype = dtype_of(gradients[kQuery]);
     const Tensor delta = torch::stable::new_empty(lse, sizes_of(lse)), row_lse = torch::stable::new_empty(lse, sizes_of(lse));
     p.delta = rows_of(delta, true, rank, true, false);
     p.row_lse = rows_of(row_lse, true, rank, true, false);
-    run_with_partials(p, dtype, lse, general::backward);
+    run_with_partials(p, dtype, lse, takes_tiles(p, dtype, true, backend) ? tiles::backward : general::backward);
   }
 
   static void unfused(Problem& p, const Tensor& tokens, Tensor*) {
@@ -42,6 +43,14 @@ template <class System> struct Gpu {
   }
 
  private:
+  static bool takes_tiles(const Problem& p, Dtype dtype, bool backward, int64_t backend) {
+    if (backend == kCudaGeneral) return false;
+    const char* reason = tiles::why_not(p, dtype, backward, current_device());
+    STD_TORCH_CHECK(!reason || backend != kCudaMma, "natten: backend=4 (cuda-mma) cannot run this problem: it ", reason ? reason : "",
+                    "; use 0 (choose) or 3 (cuda-general)");
+    return !reason;
+  }
+
   static void run_with_partials(Problem& p, Dtype dtype, const Tensor& like, const char* (*pass)(const Problem&, Dtype, Stream)) {
     const int64_t size = general::partial_size(p);
     const Tensor partials = torch::stable::new_empty(like, Integers{size}, lse_dtype(like));

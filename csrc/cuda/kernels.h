@@ -8,6 +8,12 @@ namespace natten::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+struct DeviceFacts {
+  int capability;        // ten times the compute capability: 80 for 8.0
+  int64_t shared_bytes;  // of shared memory that a block may ask for
+};
+DeviceFacts current_device();
+
 // Plain CUDA: every dtype, option, head dim and stride. A warp has a query (or a key) of one head; nothing is added up in an
 // order that the hardware chooses.
 namespace general {
@@ -19,5 +25,14 @@ const char* backward(const Problem& problem, Dtype dtype, Stream stream);
 const char* unfused(const Problem& problem, Dtype dtype, Stream stream);
 int64_t partial_size(const Problem& problem);
 }  // namespace general
+
+// Tensor cores (mma.sync, sm_80 and up): float16 and bfloat16, head dims that are multiples of 8 up to 256.
+namespace tiles {
+// Why it cannot run the problem, or null.
+const char* why_not(const Problem& problem, Dtype dtype, bool backward, const DeviceFacts& device);
+const char* forward(const Problem& problem, Dtype dtype, Stream stream);
+// As general::backward, which it calls for what all queries share.
+const char* backward(const Problem& problem, Dtype dtype, Stream stream);
+}  // namespace tiles
 
 }  // namespace natten::cuda

@@ -27,12 +27,19 @@ struct Work {
   bool wide;  // rows lie so that threads can load 16 bytes of them at once
 };
 
-template <class Kernel> const char* start(Kernel kernel, int64_t blocks, const Work& work, [[maybe_unused]] Stream stream) {
+// One launch; `shared` bytes of shared memory a block.
+template <class Kernel, class Given>
+const char* start(Kernel kernel, int64_t blocks, int threads, int shared, const Given& given, [[maybe_unused]] Stream stream) {
 #if defined(NATTEN_EMULATE)
-  emu::launch({int(blocks), 1, 1}, kThreads, 0, emu::config(), [&] { kernel(work); });
+  emu::launch({int(blocks), 1, 1}, threads, uint32_t(shared), emu::config(), [&] { kernel(given); });
   return nullptr;
 #else
-  kernel<<<unsigned(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(work);
+  constexpr int kFree = 48 << 10;  // more must be asked for
+  if (shared > kFree) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  kernel<<<unsigned(blocks), unsigned(threads), size_t(shared), static_cast<cudaStream_t>(stream)>>>(given);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #endif
@@ -47,7 +54,7 @@ template <class Body> __global__ void __launch_bounds__(kThreads) each_warp(cons
 template <class Body> const char* run(Work work, int64_t items, Stream stream) {
   work.items = items;
   for (work.first = 0; work.first < items; work.first += kMaxBlocks * kWarps)
-    if (const char* error = start(each_warp<Body>, smaller(ceil_div(items - work.first, kWarps), kMaxBlocks), work, stream)) return error;
+    if (const char* error = start(each_warp<Body>, smaller(ceil_div(items - work.first, kWarps), kMaxBlocks), kThreads, 0, work, stream)) return error;
   return nullptr;
 }
 

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: MIT
+// What the choice of kernels asks of the current device.
+#include "launch.h"
+
+namespace natten::cuda {
+
+#if defined(NATTEN_EMULATE)
+DeviceFacts current_device() { return {90, 227 << 10}; }
+#else
+DeviceFacts current_device() {
+  int device = 0, major = 0, minor = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return {10 * major + minor, bytes};
+}
+#endif
+
+}  // namespace natten::cuda

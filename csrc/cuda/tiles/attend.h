@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: MIT
+// Tensor-core path: one block's work, for all three passes. A block holds the operands of its rows in shared memory, walks the
+// column boxes that they see, two of them in memory at a time where they fit, and keeps the sums in registers.
+//
+//   pass           rows: first, second operand    columns: first, second      sums
+//   forward        query                          key, value                  P . value
+//   query gradient query, grad_out                key, value                  dS . key
+//   key gradient   key, value                     query, grad_out             dS^T . query, P^T . grad_out
+//
+// S = scale * first . first^T + bias, in base 2; P = 2^(S - lse); dS = P * (second . second^T - delta). A score is written for
+// (row, column), so the key gradient's are the transposes of the formulas' names.
+#pragma once
+#include "tile.h"
+
+namespace natten::cuda::tiles {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// What a pass of a head dim takes: columns of a box, numbers of a row that a block sums, boxes in memory.
+template <int kDim_, Pass kPass_> struct Shape {
+  static constexpr int kDim = kDim_;
+  static constexpr Pass kPass = kPass_;
+  static constexpr bool kKeyRows = kPass == Pass::kKeyGradient, kBackward = kPass != Pass::kForward;
+  static constexpr int kColumns = kDim > 128 || (kBackward && kDim > 64) ? 32 : 64;
+  static constexpr int kOut = kKeyRows && kDim > 128 ? 64 : kDim;  // two sums of 128 and the scores take more than 255 registers
+  static constexpr int kStages = kDim > 128 ? 1 : 2;
+  static constexpr int kRowBytes = Operand<kDim>::bytes(kRows), kBoxBytes = Operand<kDim>::bytes(kColumns);
+  static constexpr int kScalars = 8 * kColumns;  // two numbers a column
+  static constexpr int kStageBytes = 2 * kBoxBytes + kScalars;
+  static constexpr int kBytes = (kBackward ? 2 : 1) * kRowBytes + kStages * kStageBytes + table_bytes(kColumns);
+};
+
+template <class T, class S> struct Block {
+  static constexpr int kDim = S::kDim, kColumns = S::kColumns, kOut = S::kOut;
+  static constexpr bool kKeyRows = S::kKeyRows, kBackward = S::kBackward;
+  using Element = Operand<kDim>;
+
+  const TileWork& work;
+  const Problem& p;
+  const Tile<kKeyRows> tile;
+  const int first_out;  // first number of the sums
+  const uint32_t row_operands, stages;
+  const Tables tables;
+
+  DEVICE Block(const TileWork& w, int64_t item)
+      : work(w), p(w.p), tile(w, item / (kDim / kOut)), first_out(int(item % (kDim / kOut)) * kOut), row_operands(ptx::shared_base()),
+        stages(row_operands + (kBackward ? 2 : 1) * S::kRowBytes), tables(stages + S::kStages * S::kStageBytes, kColumns) {}
+
+  // ---- what the block needs to know of its rows ------------------------------------------------------------------------
+  DEVICE void fill_tables() const {
+    const int thread = ptx::thread_index();
+    for (int slot = thread; slot < kRows; slot += kThreads) ptx::store_shared(tables.row_word + 4 * slot, coordinates_of(slot, work.plan.rows));
+    for (int slot = thread; slot < kColumns; slot += kThreads) {
+      const uint32_t word = coordinates_of(slot, work.plan.columns);
+      int bias = 0;
+      for (int a = 0; a < kAxes && word != kNowhere; ++a) bias += (field(word, a) - 1) * int(p.rpb.token[a]);
+      ptx::store_shared(tables.column_word + 4 * slot, word);
+      ptx::store_shared(tables.column_bias + 4 * slot, kKeyRows ? -bias : bias);
+    }
+    for (int a = 0; a < kAxes; ++a)
+      for (int i = thread; i < tile.count[a]; i += kThreads) {
+        const Span span = tile.span_of(p, a, tile.group[a], tile.base[a] + i);
+        ptx::store_shared(tables.spans + 8 * (tile.span_at[a] + i), int(span.first));
+        ptx::store_shared(tables.spans + 8 * (tile.span_at[a] + i) + 4, int(span.end));
+      }
+  }
+
+  // Index of a row's token in its tensor; false if the tile has no such row.
+  DEVICE bool row_token(uint32_t word, int64_t* token) const {
+    bool there = true;
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) {
+      const int i = field(word, a) - 1;
+      there = there && i < tile.count[a];
+      token[a] = tile.group[a] + p.axis[a].dilation * (tile.base[a] + i) - tile.row_origin(p)[a];
+    }
+    return there;
+  }
+  // The same of a column's token; false if it lies outside of the tensor.
+  DEVICE bool column_token(const Box& box, uint32_t word, int64_t* token) const {
+    bool there = word != kNowhere;
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) {
+      token[a] = tile.group[a] + p.axis[a].dilation * (box.start[a] + field(word, a) - 1) - tile.column_origin(p)[a];
+      there = there && token[a] >= 0 && token[a] < tile.column_shape(p)[a];
+    }
+    return there;
+  }
+  DEVICE bool is_masked(const int64_t* key) const {
+    return p.key_mask.data && !ptx::load_global(static_cast<const uint8_t*>(p.key_mask.data) + tile.b * p.key_mask.batch + offset(p.key_mask, key));
+  }
+  static DEVICE int64_t offset(const Rows& rows, const int64_t* token) {
+    return token[0] * rows.token[0] + token[1] * rows.token[1] + token[2] * rows.token[2];
+  }
+  template <class E> DEVICE E* head_of(const Rows& rows, int head) const {
+    return static_cast<E*>(rows.data) + tile.b * rows.batch + head * rows.head;
+  }
+
+  // ---- copies -------------------------------------------------------------------------------------------------------------
+  // `slots` rows of `dims` numbers; find(slot, token) says whether there is one. What is not there becomes zeros.
+  template <class Find> DEVICE void copy(uint32_t to, const Rows& rows, int head, int64_t dims, int slots, const Find& find) const {
+    const T* from = head_of<const T>(rows, head);
+    for (int i = ptx::thread_index(); i < slots * Element::kChunks; i += kThreads) {
+      const int slot = i / Element::kChunks, chunk = i % Element::kChunks;
+      int64_t at = 0;
+      const bool there = find(slot, rows, &at) && chunk * 8 < dims;
+      ptx::cp_async_16(to + Element::at(slot, chunk), from + (there ? at + chunk * 8 : 0), there);
+    }
+  }
+  // Masked keys become zeros as well: whatever they hold, a weight of 0 makes 0 of it.
+  DEVICE void copy_rows() const {
+    const auto find = [&](int slot, const Rows& rows, int64_t* at) {
+      int64_t token[kAxes];
+      const bool there = row_token(ptx::load_shared<uint32_t>(tables.row_word + 4 * slot), token);
+      *at = offset(rows, token);
+      return there && !(kKeyRows && is_masked(token));
+    };
+    copy(row_operands, kKeyRows ? p.key : p.query, tile.head, p.head_dim, kRows, find);
+    if (kBackward) copy(row_operands + S::kRowBytes, kKeyRows ? p.value : p.grad_out, tile.head, p.value_dim, kRows, find);
+  }
+  DEVICE void copy_columns(uint32_t to, const Box& box) const {
+    const int slots = (box.count + 15) / 16 * 16;
+    const bool additional = box.token >= 0;
+    const auto find = [&](int slot, const Rows& rows, int64_t* at) {
+      if (additional) {
+        *at = (box.token + slot) * rows.token[kAxes - 1];
+        return slot < box.count;
+      }
+      int64_t token[kAxes];
+      const bool there = column_token(box, ptx::load_shared<uint32_t>(tables.column_word + 4 * slot), token);
+      *at = offset(rows, token);
+      return there && !(!kKeyRows && is_masked(token));
+    };
+    copy(to, kKeyRows ? p.query : additional ? p.additional_keys : p.key, box.head, p.head_dim, slots, find);
+    copy(to + S::kBoxBytes, kKeyRows ? p.grad_out : additional ? p.additional_values : p.value, box.head, p.value_dim, slots, find);
+    copy_scalars(to + 2 * S::kBoxBytes, box);
+  }
+  // Of each column: lse and delta of a query, or for a masked key -inf.
+  DEVICE void copy_scalars(uint32_t to, const Box& box) const {
+    if (!kKeyRows && (!p.key_mask.data || box.token >= 0)) return;
+    for (int slot = ptx::thread_index(); slot < kColumns; slot += kThreads) {
+      int64_t token[kAxes];
+      const bool there = column_token(box, ptx::load_shared<uint32_t>(tables.column_word + 4 * slot), token);
+      float first = 0.f, second = 0.f;
+      if (there && kKeyRows) {
+        first = kLog2e * ptx::load_global(head_of<const float>(p.row_lse, box.head) + offset(p.row_lse, token));
+        second = ptx::load_global(head_of<const float>(p.delta, box.head) + offset(p.delta, token));
+      } else if (there && is_masked(token)) {
+        first = -ptx::infinity();
+      }
+      ptx::store_shared(to + 8 * slot, first);
+      ptx::store_shared(to + 8 * slot + 4, second);
+    }
+  }
+
+  // ---- scores ---------------------------------------------------------------------------------------------------------------
+  // Row of this thread's accumulators, i = 0 or 1.
+  static DEVICE int row_slot(int i) { return ptx::thread_index() / 32 * kWarpRows + ptx::lane_index() / 4 + 8 * i; }
+  static DEVICE int column_slot(int n, int e) { return n * 8 + ptx::lane_index() % 4 * 2 + e; }
+
+  // Products to logits in base 2, -inf where a row does not see a column.
+  DEVICE void to_logits(float (&s)[kColumns / 8][4], const Box& box, uint32_t scalars) const {
+    const float scale = float(p.scale) * kLog2e;
+    if (box.full || box.token >= 0) {
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) s[n][j] = column_slot(n, box.full ? 0 : j % 2) < box.count ? s[n][j] * scale : -ptx::infinity();
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t row = ptx::load_shared<uint32_t>(tables.row_word + 4 * row_slot(i));
+      uint32_t first = 0, last = 0;
+      int bias = 0;  // of the box's first column
+#pragma unroll
+      for (int a = 0; a < kAxes; ++a) {
+        const int at = field(row, a) - 1;
+        const bool there = at < tile.count[a];
+        const uint32_t span = tables.spans + 8 * (tile.span_at[a] + (there ? at : 0));
+        first = first << 9 | uint32_t(clamped(ptx::load_shared<int>(span) - box.start[a] + 1));
+        last = last << 9 | uint32_t(there ? clamped(ptx::load_shared<int>(span + 4) - box.start[a]) : 0);
+        const int distance = box.start[a] - (tile.base[a] + at);
+        bias += (int(p.axis[a].kernel) - 1 + (kKeyRows ? -distance : distance)) * int(p.rpb.token[a]);
+      }
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int slot = column_slot(n, e);
+          const bool visible = is_within(ptx::load_shared<uint32_t>(tables.column_word + 4 * slot), first - kGuards, last + kGuards);
+          float& score = s[n][2 * i + e];
+          score = visible ? score * scale + extra(box, slot, bias, scalars) : -ptx::infinity();
+        }
+      }
+    }
+  }
+  // What is added to a visible score: its entry of the bias table, -inf for a masked key.
+  DEVICE float extra(const Box& box, int slot, int bias, uint32_t scalars) const {
+    float sum = 0.f;
+    if (p.rpb.data) {
+      const int64_t at = (kKeyRows ? box.head : tile.head) * p.rpb.head + bias + ptx::load_shared<int>(tables.column_bias + 4 * slot);
+      sum = kLog2e * (p.rpb_wide ? ptx::load_global(static_cast<const float*>(p.rpb.data) + at)
+                                 : ptx::widen(ptx::load_global(static_cast<const T*>(p.rpb.data) + at)));
+    }
+    if (!kKeyRows && p.key_mask.data) sum += ptx::load_shared<float>(scalars + 8 * slot);
+    return sum;
+  }
+
+  // ---- results -----------------------------------------------------------------------------------------------------------------
+  // sums * factor[i] to the rows of a tensor, through the warp's part of the first row operand, whose numbers are used up.
+  DEVICE void store_rows(const float (&sums)[kOut / 8][4], const float (&factor)[2], const Rows& rows, int64_t dims) const {
+    const int lane = ptx::lane_index(), warp = ptx::thread_index() / 32;
+    ptx::sync_warp();
+#pragma unroll
+    for (int n = 0; n < kOut / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        ptx::store_shared(row_operands + Element::at(row_slot(i), n) + lane % 4 * 4, ptx::pack<T>(sums[n][2 * i] * factor[i], sums[n][2 * i + 1] * factor[i]));
+    }
+    ptx::sync_warp();
+    for (int i = lane; i < kWarpRows * (kOut / 8); i += 32) {
+      const int slot = warp * kWarpRows + i / (kOut / 8), chunk = i % (kOut / 8);
+      int64_t token[kAxes];
+      if (!row_token(ptx::load_shared<uint32_t>(tables.row_word + 4 * slot), token) || first_out + chunk * 8 >= dims) continue;
+      ptx::Sixteen<uint32_t> numbers;
+#pragma unroll
+      for (int word = 0; word < 4; ++word) numbers.value[word] = ptx::load_shared<uint32_t>(row_operands + Element::at(slot, chunk) + 4 * word);
+      T* to = head_of<T>(rows, tile.head) + offset(rows, token) + first_out + chunk * 8;
+      ptx::store_global(reinterpret_cast<ptx::Sixteen<uint32_t>*>(to), numbers);
+    }
+  }
+
+  // ---- the walk ------------------------------------------------------------------------------------------------------------------
+  // Calls visit(box, stage) for every box of columns, its operands in memory.
+  template <class Visit> DEVICE void for_boxes(const Visit& visit) const {
+    const Range range(work, tile, tables);
+    const bool plain = !p.rpb.data && !p.key_mask.data;
+    const int heads = kKeyRows ? int(p.heads / p.heads_kv) : 1;
+    const int total = range.count * heads + (kKeyRows ? 0 : int((p.additional + kColumns - 1) / kColumns));
+    const auto box_of = [&](int index) { return Box(work, tile, range, index, kColumns, plain); };
+    copy_rows();
+    if (S::kStages == 2 && total > 0) copy_columns(stages, box_of(0));
+    ptx::cp_async_commit();
+    for (int i = 0; i < total; ++i) {
+      const int ahead = i + S::kStages - 1;  // with one stage the box itself
+      if (ahead < total) copy_columns(stages + ahead % S::kStages * S::kStageBytes, box_of(ahead));
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<S::kStages - 1>();
+      ptx::sync_threads();  // everybody's copies of this box have landed
+      visit(box_of(i), stages + i % S::kStages * S::kStageBytes);
+      ptx::sync_threads();  // the next copies overwrite it
+    }
+    ptx::cp_async_wait<0>();
+    ptx::sync_threads();
+  }
+};
+
+// ---- passes -------------------------------------------------------------------------------------------------------------------------
+template <class T, int kDim> struct Forward {
+  using S = Shape<kDim, Pass::kForward>;
+  float out[S::kOut / 8][4] = {}, largest[2] = {-ptx::infinity(), -ptx::infinity()}, total[2] = {};
+
+  DEVICE void visit(const Block<T, S>& block, const Box& box, uint32_t stage) {
+    float s[S::kColumns / 8][4];
+    const int blocks = (box.count + 15) / 16;
+    multiply<T, kDim, S::kColumns>(s, block.row_operands, stage, blocks);
+    block.to_logits(s, box, stage + 2 * S::kBoxBytes);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float top = largest[i];
+#pragma unroll
+      for (int n = 0; n < S::kColumns / 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+      top = fmaxf(top, ptx::shfl_xor(top, 1));
+      top = fmaxf(top, ptx::shfl_xor(top, 2));
+      const float shift = top == -ptx::infinity() ? 0.f : top;  // nothing visible so far: no 2^(-inf + inf)
+      const float rescale = ptx::ex2(largest[i] - shift);
+      largest[i] = top;
+      total[i] *= rescale;
+#pragma unroll
+      for (int n = 0; n < S::kColumns / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) total[i] += s[n][2 * i + e] = ptx::ex2(s[n][2 * i + e] - shift);
+      }
+#pragma unroll
+      for (int n = 0; n < S::kOut / 8; ++n) out[n][2 * i] *= rescale, out[n][2 * i + 1] *= rescale;
+    }
+    add_product<T, kDim, S::kOut, S::kColumns>(out, s, stage + S::kBoxBytes, 0, blocks);
+  }
+
+  DEVICE void finish(const Block<T, S>& block) {
+    const Problem& p = block.p;
+    float factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      total[i] += ptx::shfl_xor(total[i], 1);
+      total[i] += ptx::shfl_xor(total[i], 2);
+      const bool dead = total[i] == 0.f;
+      factor[i] = dead ? 0.f : 1.f / total[i];
+      int64_t token[kAxes];
+      const bool there = block.row_token(ptx::load_shared<uint32_t>(block.tables.row_word + 4 * block.row_slot(i)), token);
+      if (there && ptx::lane_index() % 4 == 0)
+        ptx::store_global(block.template head_of<float>(p.lse, block.tile.head) + block.offset(p.lse, token),
+                          dead ? -ptx::infinity() : (largest[i] + ptx::lg2(total[i])) * kLn2);
+    }
+    block.store_rows(out, factor, p.out, p.value_dim);
+  }
+};
+
+template <class T, int kDim> struct QueryGradient {
+  using S = Shape<kDim, Pass::kQueryGradient>;
+  float sums[S::kOut / 8][4] = {}, lse[2] = {}, delta[2] = {};
+
+  DEVICE void begin(const Block<T, S>& block) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int64_t token[kAxes];
+      if (!block.row_token(ptx::load_shared<uint32_t>(block.tables.row_word + 4 * block.row_slot(i)), token)) continue;
+      lse[i] = kLog2e * ptx::load_global(block.template head_of<const float>(block.p.row_lse, block.tile.head) + block.offset(block.p.row_lse, token));
+      delta[i] = ptx::load_global(block.template head_of<const float>(block.p.delta, block.tile.head) + block.offset(block.p.delta, token));
+    }
+  }
+  DEVICE void visit(const Block<T, S>& block, const Box& box, uint32_t stage) {
+    float s[S::kColumns / 8][4], slopes[S::kColumns / 8][4];
+    const int blocks = (box.count + 15) / 16;
+    multiply<T, kDim, S::kColumns>(s, block.row_operands, stage, blocks);
+    block.to_logits(s, box, stage + 2 * S::kBoxBytes);
+    multiply<T, kDim, S::kColumns>(slopes, block.row_operands + S::kRowBytes, stage + S::kBoxBytes, blocks);
+#pragma unroll
+    for (int n = 0; n < S::kColumns / 8; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[n][j] = ptx::ex2(s[n][j] - lse[j / 2]) * (slopes[n][j] - delta[j / 2]);
+    }
+    add_product<T, kDim, S::kOut, S::kColumns>(sums, s, stage, 0, blocks);
+  }
+  DEVICE void finish(const Block<T, S>& block) {
+    const float factor[2] = {float(block.p.scale), float(block.p.scale)};
+    block.store_rows(sums, factor, block.p.grad_query, block.p.head_dim);
+  }
+};
+
+template <class T, int kDim> struct KeyGradient {
+  using S = Shape<kDim, Pass::kKeyGradient>;
+  float keys[S::kOut / 8][4] = {}, values[S::kOut / 8][4] = {};
+  bool masked[2] = {};
+
+  DEVICE void begin(const Block<T, S>& block) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int64_t token[kAxes];
+      const bool there = block.row_token(ptx::load_shared<uint32_t>(block.tables.row_word + 4 * block.row_slot(i)), token);
+      masked[i] = there && block.is_masked(token);
+    }
+  }
+  DEVICE void visit(const Block<T, S>& block, const Box& box, uint32_t stage) {
+    float s[S::kColumns / 8][4], slopes[S::kColumns / 8][4];
+    const int blocks = (box.count + 15) / 16;
+    const uint32_t scalars = stage + 2 * S::kBoxBytes;
+    multiply<T, kDim, S::kColumns>(s, block.row_operands, stage, blocks);
+    block.to_logits(s, box, scalars);
+#pragma unroll
+    for (int n = 0; n < S::kColumns / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float lse = ptx::load_shared<float>(scalars + 8 * block.column_slot(n, e));
+        s[n][e] = masked[0] ? 0.f : ptx::ex2(s[n][e] - lse);
+        s[n][2 + e] = masked[1] ? 0.f : ptx::ex2(s[n][2 + e] - lse);
+      }
+    }
+    add_product<T, kDim, S::kOut, S::kColumns>(values, s, stage + S::kBoxBytes, block.first_out, blocks);
+    multiply<T, kDim, S::kColumns>(slopes, block.row_operands + S::kRowBytes, stage + S::kBoxBytes, blocks);
+#pragma unroll
+    for (int n = 0; n < S::kColumns / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float delta = ptx::load_shared<float>(scalars + 8 * block.column_slot(n, e) + 4);
+        s[n][e] *= slopes[n][e] - delta;
+        s[n][2 + e] *= slopes[n][2 + e] - delta;
+      }
+    }
+    add_product<T, kDim, S::kOut, S::kColumns>(keys, s, stage, block.first_out, blocks);
+  }
+  DEVICE void finish(const Block<T, S>& block) {
+    const Problem& p = block.p;
+    const float scale[2] = {float(p.scale), float(p.scale)}, one[2] = {1.f, 1.f};
+    if (p.grad_key.data) block.store_rows(keys, scale, p.grad_key, p.head_dim);
+    if (p.grad_value.data) block.store_rows(values, one, p.grad_value, p.value_dim);
+  }
+};
+
+template <class T, class Work> __global__ void __launch_bounds__(kThreads) attend(const __grid_constant__ TileWork work) {
+  const Block<T, typename Work::S> block(work, work.first + ptx::block_index(0));
+  if (block.tile.is_empty()) return;  // the whole block: a group shorter than others
+  block.fill_tables();
+  ptx::sync_threads();
+  Work sums;
+  if constexpr (Work::S::kBackward) sums.begin(block);
+  block.for_boxes([&](const Box& box, uint32_t stage) { sums.visit(block, box, stage); });
+  sums.finish(block);
+}
+
+}  // namespace
+}  // namespace natten::cuda::tiles

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: MIT
+// Tensor-core path, forward; and which problems the path takes.
+#include "run.h"
+
+namespace natten::cuda::tiles {
+
+const char* why_not(const Problem& p, Dtype dtype, bool backward, const DeviceFacts& device) {
+  if (device.capability < 80) return "takes devices of compute capability 8.0 and up";
+  if (dtype != Dtype::float16 && dtype != Dtype::bfloat16) return "takes float16 and bfloat16";
+  const int64_t dim = larger(p.head_dim, p.value_dim);
+  if (p.head_dim % 8 || p.value_dim % 8 || p.value_dim == 0 || dim > 256) return "takes head dims that are multiples of 8, 8 to 256";
+  if (!loads_wide<ptx::f16>({&p.query, &p.key, &p.value, &p.additional_keys, &p.additional_values, &p.out}))
+    return "takes rows that begin at multiples of 16 bytes and lie densely";
+  if (backward && !p.grad_out.data) return "takes gradients of the output, not of the log-sum-exp alone";
+  if (backward && !loads_wide<ptx::f16>({&p.grad_out, &p.grad_query, &p.grad_key, &p.grad_value}))
+    return "takes gradients whose rows begin at multiples of 16 bytes and lie densely";
+  constexpr int64_t kLimit = (int64_t(1) << 31) - 1;  // positions, places in a bias table and boxes are counted in 32 bits
+  int64_t seen = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    if (p.axis[a].length >= kLimit) return "takes fewer than 2^31 tokens on an axis";
+    seen *= smaller(p.axis[a].kernel, kLimit);
+    if (seen >= kLimit / 64) return "takes windows of fewer than 2^25 tokens";
+  }
+  if (p.rpb.data && table_size(p) >= kLimit) return "takes bias tables of fewer than 2^31 entries a head";
+  const int64_t bytes = dim <= 16 ? 32 << 10 : dim <= 32 ? 48 << 10 : dim <= 64 ? 64 << 10 : dim <= 128 ? 100 << 10 : 160 << 10;
+  return device.shared_bytes < bytes ? "takes more shared memory than a block of this device has" : nullptr;
+}
+
+const char* forward(const Problem& p, Dtype dtype, Stream stream) { return run_sums<Forward>(p, dtype, stream); }
+
+}  // namespace natten::cuda::tiles

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT
+// Tensor-core path: what a block works on, and the boxes that make it cheap. No device code.
+//
+// Rows are a box of kRows tokens of one dilation group and one head: queries, or keys in the pass for the gradients of keys
+// and values. Columns are the tokens of the other side that those rows see: on each axis a range, because windows (and inverse
+// windows) grow with the token. The range is walked in boxes that start where it starts, not on a fixed grid.
+#pragma once
+#include "../../problem.h"
+
+namespace natten::cuda::tiles {
+
+enum class Pass { kForward, kQueryGradient, kKeyGradient };
+
+constexpr int kRows = 64;
+
+struct Plan {
+  int rows[kAxes];     // shape of a row tile, powers of two, kRows together
+  int columns[kAxes];  // shape of a column box
+  int tiles[kAxes];    // row tiles of a dilation group on each axis
+};
+
+namespace {
+
+// Tokens of the other side that `count` rows in the middle of an axis see together.
+inline int64_t seen_together(const Problem& p, int a, bool key_rows, int64_t count) {
+  const Axis& axis = p.axis[a];
+  const int64_t length = group_length(axis, 0), first = larger(length / 2 - count / 2, 0), last = smaller(first + count, length) - 1;
+  const auto span = [&](int64_t position) { return key_rows ? inverse_window(axis, position * axis.dilation) : window(axis, position * axis.dilation); };
+  return larger(span(last).end - span(first).first, 1);
+}
+
+// Sizes of a box that cut a range evenly: the next smaller one.
+inline int smaller_size(int range, int size) {
+  const int next = (range + (range + size - 1) / size) / ((range + size - 1) / size + 1);  // one box more
+  return next < size ? next : size - 1;
+}
+
+// The best column box for ranges of `seen` tokens: the fewest slots visited, in steps of sixteen columns as the tensor cores
+// take them; a box more costs as much as kBoxColumns columns, a guess that no GPU has confirmed.
+inline double choose_columns(const int* seen, int most, int* columns) {
+  constexpr int kBoxColumns = 8;
+  const auto boxes_of = [](int range, int size) { return (range + size - 1) / size; };
+  double best = -1;
+  for (int x = seen[0] < most ? seen[0] : most; x >= 1; x = smaller_size(seen[0], x)) {
+    for (int y = seen[1] < most / x ? seen[1] : most / x; y >= 1; y = smaller_size(seen[1], y)) {
+      const int left = most / (x * y), z = boxes_of(seen[2], boxes_of(seen[2], seen[2] < left ? seen[2] : left));
+      const double boxes = double(boxes_of(seen[0], x)) * boxes_of(seen[1], y) * boxes_of(seen[2], z);
+      const double cost = boxes * ((x * y * z + 15) / 16 * 16 + kBoxColumns);
+      if (best < 0 || cost < best) best = cost, columns[0] = x, columns[1] = y, columns[2] = z;
+    }
+  }
+  return best;
+}
+
+// The plan of a pass whose column boxes hold at most `most` tokens. From geometry alone, deterministic.
+inline Plan make_plan(const Problem& p, bool key_rows, int most) {
+  Plan best{};
+  double least = -1;
+  const int64_t* shape = key_rows ? p.kv_shape : p.q_shape;
+  for (int x = kRows; x >= 1; x /= 2)
+    for (int y = kRows / x; y >= 1; y /= 2) {
+      Plan plan{{x, y, kRows / (x * y)}, {}, {}};
+      int seen[kAxes];
+      double tiles = 1;
+      for (int a = 0; a < kAxes; ++a) {
+        const int64_t length = ceil_div(shape[a], p.axis[a].dilation);  // tokens of this tensor in one group, at most
+        plan.tiles[a] = int(ceil_div(length, plan.rows[a]));
+        seen[a] = int(smaller(seen_together(p, a, key_rows, smaller(plan.rows[a], length)), 1 << 30));
+        tiles *= double(plan.tiles[a]);
+      }
+      const double cost = tiles * choose_columns(seen, most, plan.columns);
+      if (least < 0 || cost < least) least = cost, best = plan;
+    }
+  return best;
+}
+
+}  // namespace
+}  // namespace natten::cuda::tiles

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: MIT
+// Tensor-core path: starts a pass with the plan of its problem.
+#pragma once
+#include "attend.h"
+#include "../launch.h"
+
+namespace natten::cuda::tiles {
+namespace {
+
+template <class T, class Sums> const char* run_pass(const Problem& p, Stream stream) {
+  using S = typename Sums::S;
+  TileWork work{p, make_plan(p, S::kKeyRows, S::kColumns), 0};
+  int64_t blocks = p.batch * (S::kKeyRows ? p.heads_kv : p.heads) * (S::kDim / S::kOut);
+  for (int a = 0; a < kAxes; ++a) blocks *= p.axis[a].dilation * work.plan.tiles[a];
+  for (; work.first < blocks; work.first += kMaxBlocks)
+    if (const char* error = start(attend<T, Sums>, smaller(blocks - work.first, kMaxBlocks), kThreads, S::kBytes, work, stream)) return error;
+  return nullptr;
+}
+
+// The smallest head dim of the table that holds both: rows are filled up with zeros in shared memory.
+template <template <class, int> class Sums, class T> const char* run_dim(const Problem& p, Stream stream) {
+  const int64_t dim = larger(p.head_dim, p.value_dim);
+  if (dim <= 16) return run_pass<T, Sums<T, 16>>(p, stream);
+  if (dim <= 32) return run_pass<T, Sums<T, 32>>(p, stream);
+  if (dim <= 64) return run_pass<T, Sums<T, 64>>(p, stream);
+  if (dim <= 128) return run_pass<T, Sums<T, 128>>(p, stream);
+  return run_pass<T, Sums<T, 256>>(p, stream);
+}
+
+template <template <class, int> class Sums> const char* run_sums(const Problem& p, Dtype dtype, Stream stream) {
+  return dtype == Dtype::float16 ? run_dim<Sums, ptx::f16>(p, stream) : run_dim<Sums, ptx::bf16>(p, stream);
+}
+
+}  // namespace
+
+const char* query_gradient(const Problem& problem, Dtype dtype, Stream stream);
+const char* key_gradient(const Problem& problem, Dtype dtype, Stream stream);
+
+}  // namespace natten::cuda::tiles

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""The tensor-core kernels under emulation: numbers, no findings, the same bits in any order; their tiles' waste."""
+
+import dataclasses
+
+import emulated
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import NAMED, Problem, problems
+
+from natten_ops import backends
+
+MMA = backends.by_name("cuda-mma").id
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def fitting(problem, head_dim=None, value_dim=None):
+    """The problem with head dims that the tensor cores take."""
+    round_up = lambda n: None if n is None else (n + 7) // 8 * 8  # noqa: E731
+    dims = {"head_dim": head_dim or round_up(problem.head_dim), "value_dim": value_dim or round_up(problem.value_dim)}
+    return dataclasses.replace(problem, transposed=False, **dims)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", NAMED)
+def test_named_problems(name, dtype):
+    emulated.compare(fitting(NAMED[name]), dtype, MMA)
+
+
+@st.composite
+def fitting_problems(draw):
+    problem = draw(problems())
+    return fitting(problem, draw(st.sampled_from([8, 16, 24, 40])), draw(st.sampled_from([None, 8, 32])))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@given(problem=fitting_problems())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_problem(dtype, problem):
+    emulated.compare(problem, dtype, MMA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@given(problem=fitting_problems())
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_any_problem_long(dtype, problem):
+    emulated.compare(problem, dtype, MMA)
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (32, 24), (64, 64), (128, 72), (72, 256), (256, 256)], ids=str)
+def test_every_head_dim_of_the_table(dims):
+    """Each has its own instantiation: columns of a box, boxes in memory, numbers that a block sums."""
+    problem = Problem((9, 10), (4, 5), batch=1, heads=2, group=2, additional=3, head_dim=dims[0], value_dim=dims[1])
+    emulated.compare(problem, torch.float16, MMA)
+
+
+FULL = {
+    "long line": Problem((300,), (170,), batch=1, heads=1),
+    "causal line": Problem((260,), (150,), is_causal=(True,), batch=1, heads=1),
+    "square": Problem((25, 25), (16, 16), batch=1, heads=1),  # full boxes beside ones that a row misses by one
+    "strided": Problem((24, 24), (12, 8), stride=(8, 8), batch=1, heads=1),
+    "blocked": Problem((16, 16), (8, 8), stride=(8, 8), batch=1, heads=1),
+    "dilated": Problem((40, 26), (9, 6), dilation=(2, 3), batch=1, heads=1),
+    "volume": Problem((6, 9, 10), (4, 5, 6), is_causal=(True, False, False), batch=1, heads=1),
+    "many additional": Problem((20,), (3,), additional=150, batch=1, heads=1),
+    "box": Problem((60, 50), (20, 15), box=((11, 3), (30, 20)), batch=1, heads=1),
+    "biased": Problem((20, 20), (9, 12), rpb=True, is_causal=(False, True), batch=1, heads=1),
+    "masked": Problem((20, 20), (9, 12), mask=True, batch=1, heads=2, group=2),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_several_tiles_with_boxes_that_need_no_mask(name):
+    emulated.compare(fitting(FULL[name], head_dim=16), torch.float16, MMA)
+
+
+def test_packed_projections_are_read_in_place():
+    problem = Problem((9, 7), (3, 5), heads=4, group=2, head_dim=16, packed=True)
+    inputs = problem.make(torch.float16)
+    assert not inputs.query.is_contiguous()
+    for have, want in zip(
+        emulated.forward(inputs, problem, MMA),
+        emulated.forward(
+            inputs._replace(**{n: getattr(inputs, n).contiguous() for n in ("query", "key", "value")}), problem, MMA
+        ),
+    ):
+        assert torch.equal(have, want)
+
+
+def test_what_the_mask_hides_may_be_nan():
+    problem = Problem((9,), (3,), batch=1, heads=1, head_dim=8)
+    inputs = problem.make(torch.float16)._replace(key_mask=torch.arange(9)[None] != 4)
+    for tensor in inputs[1:3]:
+        tensor[0, 4] = torch.nan
+    outputs = emulated.forward(inputs, problem, MMA)
+    gradients = emulated.backward((torch.ones_like(outputs[0]), None), outputs, inputs, problem, backend=MMA)
+    assert all(torch.isfinite(t).all() for t in [*outputs, *gradients])
+
+
+def test_a_problem_that_does_not_fit_is_refused_by_name_and_taken_by_choice():
+    problem = NAMED["plain"]
+    odd = Problem((7, 9), (3, 5), head_dim=12)
+    shifted = problem.make(torch.float16)
+    storage = torch.empty(shifted.key.numel() + 4, dtype=torch.float16)[4:]
+    shifted = shifted._replace(key=storage.view(shifted.key.shape).copy_(shifted.key))
+    refused = {
+        "takes float16 and bfloat16": (problem, problem.make(torch.float32)),
+        "multiples of 8": (odd, odd.make(torch.float16)),
+        "multiples of 16 bytes": (problem, shifted),
+    }
+    for reason, (case, inputs) in refused.items():
+        with pytest.raises(RuntimeError, match=reason):
+            emulated.forward(inputs, case, MMA)
+        general = emulated.forward(inputs, case, backends.by_name("cuda-general").id)
+        assert all(torch.equal(a, b) for a, b in zip(emulated.forward(inputs, case), general))
+        described = backends.describe(list(inputs), *case.geometry(), None)._replace(device="cuda", capability=90)
+        assert any(
+            reason.split(" of ")[-1] in text or "float16" in text
+            for text in backends.by_name("cuda-mma").why_not(described)
+        )
