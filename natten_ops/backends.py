@@ -153,6 +153,7 @@ BACKENDS = (
         compiles="as an extern call",
         verified_on="no GPU yet; x86-64 under emulation",
         note="every option; head dims that are multiples of 8 up to 256, rows of 16-byte pieces, compute capability 8.0",
+        positive_scale=True,
         in_cuda_library=True,
         dims=(8, 256),
         capability=80,

@@ -20,7 +20,8 @@ def fitting(problem, head_dim=None, value_dim=None):
     """The problem with head dims that the tensor cores take."""
     round_up = lambda n: None if n is None else (n + 7) // 8 * 8  # noqa: E731
     dims = {"head_dim": head_dim or round_up(problem.head_dim), "value_dim": value_dim or round_up(problem.value_dim)}
-    return dataclasses.replace(problem, transposed=False, **dims)
+    scale = None if problem.scale == 0 else problem.scale
+    return dataclasses.replace(problem, transposed=False, scale=scale, **dims)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -46,7 +46,7 @@ const char* start(Kernel kernel, int64_t blocks, int threads, int shared, const 
 }
 
 // Body::run(work, item) by a warp for every item.
-template <class Body> __global__ void __launch_bounds__(kThreads) each_warp(const __grid_constant__ Work work) {
+template <class Body> __global__ void __launch_bounds__(kThreads, 3) each_warp(const __grid_constant__ Work work) {
   const int64_t item = work.first + int64_t(ptx::block_index(0)) * kWarps + ptx::thread_index() / 32;
   if (item < work.items) Body::run(work, item);
 }

@@ -34,13 +34,19 @@ PTX float lg2(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "
 template <class T> PTX uint32_t pack(float low, float high);
 template <> PTX uint32_t pack<f16>(float low, float high) { uint32_t r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
 template <> PTX uint32_t pack<bf16>(float low, float high) { uint32_t r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
+// Of one register, or of two.
 template <class T> PTX T load_shared(uint32_t a) {
-  static_assert(sizeof(T) == 4, "one register");
-  uint32_t v; asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(a) : "memory"); return *reinterpret_cast<T*>(&v);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one register or two");
+  if constexpr (sizeof(T) == 4) {
+    uint32_t v; asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(a) : "memory"); return *reinterpret_cast<T*>(&v);
+  } else {
+    uint64_t v; asm volatile("ld.shared.b64 %0, [%1];" : "=l"(v) : "r"(a) : "memory"); return *reinterpret_cast<T*>(&v);
+  }
 }
 template <class T> PTX void store_shared(uint32_t a, T v) {
-  static_assert(sizeof(T) == 4, "one register");
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(*reinterpret_cast<uint32_t*>(&v)) : "memory");
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one register or two");
+  if constexpr (sizeof(T) == 4) asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(*reinterpret_cast<uint32_t*>(&v)) : "memory");
+  else asm volatile("st.shared.b64 [%0], %1;" ::"r"(a), "l"(*reinterpret_cast<uint64_t*>(&v)) : "memory");
 }
 template <class T> PTX T load_global(const T* p) { return *p; }
 template <class T> PTX void store_global(T* p, T v) { *p = v; }

@@ -15,12 +15,11 @@
 namespace natten::cuda::tiles {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 // What a pass of a head dim takes: columns of a box, numbers of a row that a block sums, boxes in memory.
-template <int kDim_, Pass kPass_> struct Shape {
+template <int kDim_, Pass kPass_, bool kExtras_> struct Shape {
   static constexpr int kDim = kDim_;
   static constexpr Pass kPass = kPass_;
+  static constexpr bool kExtras = kExtras_;  // a bias table, a key mask or additional tokens
   static constexpr bool kKeyRows = kPass == Pass::kKeyGradient, kBackward = kPass != Pass::kForward;
   static constexpr int kColumns = kDim > 128 || (kBackward && kDim > 64) ? 32 : 64;
   static constexpr int kOut = kKeyRows && kDim > 128 ? 64 : kDim;  // two sums of 128 and the scores take more than 255 registers
@@ -33,7 +32,7 @@ template <int kDim_, Pass kPass_> struct Shape {
 
 template <class T, class S> struct Block {
   static constexpr int kDim = S::kDim, kColumns = S::kColumns, kOut = S::kOut;
-  static constexpr bool kKeyRows = S::kKeyRows, kBackward = S::kBackward;
+  static constexpr bool kKeyRows = S::kKeyRows, kBackward = S::kBackward, kExtras = S::kExtras;
   using Element = Operand<kDim>;
 
   const TileWork& work;
@@ -47,16 +46,32 @@ template <class T, class S> struct Block {
       : work(w), p(w.p), tile(w, item / (kDim / kOut)), first_out(int(item % (kDim / kOut)) * kOut), row_operands(ptx::shared_base()),
         stages(row_operands + (kBackward ? 2 : 1) * S::kRowBytes), tables(stages + S::kStages * S::kStageBytes, kColumns) {}
 
+  // ---- options; constants in kernels without them
+  DEVICE bool has_bias() const { return kExtras && p.rpb.data; }
+  DEVICE bool has_mask() const { return kExtras && p.key_mask.data; }
+  DEVICE int additional() const { return kExtras ? int(p.additional) : 0; }
+
   // ---- what the block needs to know of its rows ------------------------------------------------------------------------
   DEVICE void fill_tables() const {
     const int thread = ptx::thread_index();
-    for (int slot = thread; slot < kRows; slot += kThreads) ptx::store_shared(tables.row_word + 4 * slot, coordinates_of(slot, work.plan.rows));
+    for (int slot = thread; slot < kRows; slot += kThreads) {
+      const uint32_t word = coordinates_of(slot, work.plan.rows);
+      int64_t token[kAxes];
+      row_token(word, token);
+      ptx::store_shared(tables.row_word + 4 * slot, word);
+      for (int i = 0; i < (kBackward ? 2 : 1); ++i) ptx::store_shared(tables.row_offset(i, slot), offset(row_operand(i), token));
+    }
     for (int slot = thread; slot < kColumns; slot += kThreads) {
       const uint32_t word = coordinates_of(slot, work.plan.columns);
       int bias = 0;
-      for (int a = 0; a < kAxes && word != kNowhere; ++a) bias += (field(word, a) - 1) * int(p.rpb.token[a]);
+      int64_t steps[kAxes] = {};  // from the first token of a box
+      for (int a = 0; a < kAxes && word != kNowhere; ++a) {
+        bias += (field(word, a) - 1) * int(p.rpb.token[a]);
+        steps[a] = (field(word, a) - 1) * p.axis[a].dilation;
+      }
       ptx::store_shared(tables.column_word + 4 * slot, word);
       ptx::store_shared(tables.column_bias + 4 * slot, kKeyRows ? -bias : bias);
+      for (int i = 0; i < 2; ++i) ptx::store_shared(tables.column_offset(i, slot), offset(column_operand(i), steps));
     }
     for (int a = 0; a < kAxes; ++a)
       for (int i = thread; i < tile.count[a]; i += kThreads) {
@@ -65,6 +80,8 @@ template <class T, class S> struct Block {
         ptx::store_shared(tables.spans + 8 * (tile.span_at[a] + i) + 4, int(span.end));
       }
   }
+  DEVICE const Rows& row_operand(int i) const { return i ? (kKeyRows ? p.value : p.grad_out) : (kKeyRows ? p.key : p.query); }
+  DEVICE const Rows& column_operand(int i) const { return i ? (kKeyRows ? p.grad_out : p.value) : (kKeyRows ? p.query : p.key); }
 
   // Index of a row's token in its tensor; false if the tile has no such row.
   DEVICE bool row_token(uint32_t word, int64_t* token) const {
@@ -88,7 +105,7 @@ template <class T, class S> struct Block {
     return there;
   }
   DEVICE bool is_masked(const int64_t* key) const {
-    return p.key_mask.data && !ptx::load_global(static_cast<const uint8_t*>(p.key_mask.data) + tile.b * p.key_mask.batch + offset(p.key_mask, key));
+    return has_mask() && !ptx::load_global(static_cast<const uint8_t*>(p.key_mask.data) + tile.b * p.key_mask.batch + offset(p.key_mask, key));
   }
   static DEVICE int64_t offset(const Rows& rows, const int64_t* token) {
     return token[0] * rows.token[0] + token[1] * rows.token[1] + token[2] * rows.token[2];
@@ -98,47 +115,68 @@ template <class T, class S> struct Block {
   }
 
   // ---- copies -------------------------------------------------------------------------------------------------------------
-  // `slots` rows of `dims` numbers; find(slot, token) says whether there is one. What is not there becomes zeros.
-  template <class Find> DEVICE void copy(uint32_t to, const Rows& rows, int head, int64_t dims, int slots, const Find& find) const {
-    const T* from = head_of<const T>(rows, head);
-    for (int i = ptx::thread_index(); i < slots * Element::kChunks; i += kThreads) {
-      const int slot = i / Element::kChunks, chunk = i % Element::kChunks;
+  // The first `slots` of kSlots rows of `dims` numbers; find(slot, &at) says whether there is one, and where behind `from`. What
+  // is not there becomes zeros, masked keys too: whatever they hold, a weight of 0 makes 0 of it. A thread copies the same
+  // chunk of every row that is its own.
+  template <int kSlots, class Find> DEVICE void copy(uint32_t to, const T* from, int64_t dims, int slots, const Find& find) const {
+    constexpr int kChunks = Element::kChunks, kStep = kThreads / kChunks;  // rows that all threads copy at once
+    static_assert(kSlots % kStep == 0, "every thread copies as many");
+    const int chunk = ptx::thread_index() % kChunks, first = ptx::thread_index() / kChunks;
+    const bool inside = chunk * 8 < dims;
+#pragma unroll(kBackward && kDim > 64 ? 1 : 2)
+    for (int i = 0; i < kSlots / kStep; ++i) {  // more of them at a time take registers that the sums need
+      const int slot = first + i * kStep;
+      if (slot >= slots) continue;
       int64_t at = 0;
-      const bool there = find(slot, rows, &at) && chunk * 8 < dims;
+      const bool there = find(slot, &at) && inside;
       ptx::cp_async_16(to + Element::at(slot, chunk), from + (there ? at + chunk * 8 : 0), there);
     }
   }
-  // Masked keys become zeros as well: whatever they hold, a weight of 0 makes 0 of it.
   DEVICE void copy_rows() const {
-    const auto find = [&](int slot, const Rows& rows, int64_t* at) {
-      int64_t token[kAxes];
-      const bool there = row_token(ptx::load_shared<uint32_t>(tables.row_word + 4 * slot), token);
-      *at = offset(rows, token);
-      return there && !(kKeyRows && is_masked(token));
-    };
-    copy(row_operands, kKeyRows ? p.key : p.query, tile.head, p.head_dim, kRows, find);
-    if (kBackward) copy(row_operands + S::kRowBytes, kKeyRows ? p.value : p.grad_out, tile.head, p.value_dim, kRows, find);
+#pragma unroll
+    for (int i = 0; i < (kBackward ? 2 : 1); ++i)
+      copy<kRows>(row_operands + i * S::kRowBytes, head_of<const T>(row_operand(i), tile.head), i ? p.value_dim : p.head_dim, kRows, [&](int slot, int64_t* at) {
+        int64_t token[kAxes];
+        *at = ptx::load_shared<int64_t>(tables.row_offset(i, slot));
+        return row_token(ptx::load_shared<uint32_t>(tables.row_word + 4 * slot), token) && !(kKeyRows && is_masked(token));
+      });
   }
   DEVICE void copy_columns(uint32_t to, const Box& box) const {
     const int slots = (box.count + 15) / 16 * 16;
-    const bool additional = box.token >= 0;
-    const auto find = [&](int slot, const Rows& rows, int64_t* at) {
-      if (additional) {
-        *at = (box.token + slot) * rows.token[kAxes - 1];
-        return slot < box.count;
+    if (kExtras && box.token >= 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Rows& rows = i ? p.additional_values : p.additional_keys;
+        copy<kColumns>(to + i * S::kBoxBytes, head_of<const T>(rows, box.head), i ? p.value_dim : p.head_dim, slots, [&](int slot, int64_t* at) {
+          *at = (box.token + slot) * rows.token[kAxes - 1];
+          return slot < box.count;
+        });
       }
-      int64_t token[kAxes];
-      const bool there = column_token(box, ptx::load_shared<uint32_t>(tables.column_word + 4 * slot), token);
-      *at = offset(rows, token);
-      return there && !(!kKeyRows && is_masked(token));
-    };
-    copy(to, kKeyRows ? p.query : additional ? p.additional_keys : p.key, box.head, p.head_dim, slots, find);
-    copy(to + S::kBoxBytes, kKeyRows ? p.grad_out : additional ? p.additional_values : p.value, box.head, p.value_dim, slots, find);
+      return;
+    }
+    int64_t start[kAxes];
+    uint32_t last = 0;  // of the columns that the tensor holds
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) {
+      start[a] = tile.group[a] + p.axis[a].dilation * box.start[a] - tile.column_origin(p)[a];
+      last = last << 9 | uint32_t(clamped(tile.column_end[a] - box.start[a]));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      copy<kColumns>(to + i * S::kBoxBytes, head_of<const T>(column_operand(i), box.head) + offset(column_operand(i), start), i ? p.value_dim : p.head_dim, slots, [&](int slot, int64_t* at) {
+        const uint32_t word = ptx::load_shared<uint32_t>(tables.column_word + 4 * slot);
+        *at = ptx::load_shared<int64_t>(tables.column_offset(i, slot));
+        if (!is_within(word, packed(1, 1, 1) - kGuards, last + kGuards)) return false;
+        if (kKeyRows || !has_mask()) return true;
+        int64_t token[kAxes];
+        column_token(box, word, token);
+        return !is_masked(token);
+      });
     copy_scalars(to + 2 * S::kBoxBytes, box);
   }
   // Of each column: lse and delta of a query, or for a masked key -inf.
   DEVICE void copy_scalars(uint32_t to, const Box& box) const {
-    if (!kKeyRows && (!p.key_mask.data || box.token >= 0)) return;
+    if (!kKeyRows && (!has_mask() || box.token >= 0)) return;
     for (int slot = ptx::thread_index(); slot < kColumns; slot += kThreads) {
       int64_t token[kAxes];
       const bool there = column_token(box, ptx::load_shared<uint32_t>(tables.column_word + 4 * slot), token);
@@ -159,54 +197,84 @@ template <class T, class S> struct Block {
   static DEVICE int row_slot(int i) { return ptx::thread_index() / 32 * kWarpRows + ptx::lane_index() / 4 + 8 * i; }
   static DEVICE int column_slot(int n, int e) { return n * 8 + ptx::lane_index() % 4 * 2 + e; }
 
-  // Products to logits in base 2, -inf where a row does not see a column.
-  DEVICE void to_logits(float (&s)[kColumns / 8][4], const Box& box, uint32_t scalars) const {
-    const float scale = float(p.scale) * kLog2e;
-    if (box.full || box.token >= 0) {
+  // Products to -inf where a row does not see a column, and to logits where something is added to them. Returns the factor,
+  // positive, that makes logits in base 2 of the result.
+  DEVICE float to_logits(float (&s)[kColumns / 8][4], const Box& box, uint32_t scalars) const {
+    const float scale = work.scale_log2;
+    const bool additional = kExtras && box.token >= 0;
+    if (box.full || additional) {
+      if (box.count == kColumns) return scale;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) s[n][j] = column_slot(n, box.full ? 0 : j % 2) < box.count ? s[n][j] * scale : -ptx::infinity();
+        for (int j = 0; j < 4; ++j)
+          if (column_slot(n, j % 2) >= box.count) s[n][j] = -ptx::infinity();
       }
-      return;
+      return scale;
     }
+    uint32_t first[2] = {}, last[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t row = ptx::load_shared<uint32_t>(tables.row_word + 4 * row_slot(i));
-      uint32_t first = 0, last = 0;
-      int bias = 0;  // of the box's first column
 #pragma unroll
       for (int a = 0; a < kAxes; ++a) {
         const int at = field(row, a) - 1;
         const bool there = at < tile.count[a];
         const uint32_t span = tables.spans + 8 * (tile.span_at[a] + (there ? at : 0));
-        first = first << 9 | uint32_t(clamped(ptx::load_shared<int>(span) - box.start[a] + 1));
-        last = last << 9 | uint32_t(there ? clamped(ptx::load_shared<int>(span + 4) - box.start[a]) : 0);
-        const int distance = box.start[a] - (tile.base[a] + at);
-        bias += (int(p.axis[a].kernel) - 1 + (kKeyRows ? -distance : distance)) * int(p.rpb.token[a]);
+        first[i] = first[i] << 9 | uint32_t(clamped(ptx::load_shared<int>(span) - box.start[a] + 1));
+        last[i] = last[i] << 9 | uint32_t(there ? clamped(ptx::load_shared<int>(span + 4) - box.start[a]) : 0);
+      }
+      first[i] -= kGuards, last[i] += kGuards;
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t word = ptx::load_shared<uint32_t>(tables.column_word + 4 * column_slot(n, e));
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (!is_within(word, first[i], last[i])) s[n][2 * i + e] = -ptx::infinity();
+      }
+    }
+    if (!kKeyRows && has_mask()) hide_masked(s, scalars);
+    if (!has_bias()) return scale;
+    add_bias(s, box, scale);
+    return 1.f;
+  }
+  // Each visible score times scale plus its entry of the bias table; that of an invisible one may not exist.
+  DEVICE void add_bias(float (&s)[kColumns / 8][4], const Box& box, float scale) const {
+    const int64_t head = (kKeyRows ? box.head : tile.head) * p.rpb.head;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t row = ptx::load_shared<uint32_t>(tables.row_word + 4 * row_slot(i));
+      int64_t at = head;  // of the box's first column
+#pragma unroll
+      for (int a = 0; a < kAxes; ++a) {
+        const int distance = box.start[a] - (tile.base[a] + field(row, a) - 1);
+        at += (int(p.axis[a].kernel) - 1 + (kKeyRows ? -distance : distance)) * int(p.rpb.token[a]);
       }
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int slot = column_slot(n, e);
-          const bool visible = is_within(ptx::load_shared<uint32_t>(tables.column_word + 4 * slot), first - kGuards, last + kGuards);
           float& score = s[n][2 * i + e];
-          score = visible ? score * scale + extra(box, slot, bias, scalars) : -ptx::infinity();
+          if (score == -ptx::infinity()) continue;
+          const int64_t entry = at + ptx::load_shared<int>(tables.column_bias + 4 * column_slot(n, e));
+          score = score * scale + kLog2e * (p.rpb_wide ? ptx::load_global(static_cast<const float*>(p.rpb.data) + entry)
+                                                       : ptx::widen(ptx::load_global(static_cast<const T*>(p.rpb.data) + entry)));
         }
       }
     }
   }
-  // What is added to a visible score: its entry of the bias table, -inf for a masked key.
-  DEVICE float extra(const Box& box, int slot, int bias, uint32_t scalars) const {
-    float sum = 0.f;
-    if (p.rpb.data) {
-      const int64_t at = (kKeyRows ? box.head : tile.head) * p.rpb.head + bias + ptx::load_shared<int>(tables.column_bias + 4 * slot);
-      sum = kLog2e * (p.rpb_wide ? ptx::load_global(static_cast<const float*>(p.rpb.data) + at)
-                                 : ptx::widen(ptx::load_global(static_cast<const T*>(p.rpb.data) + at)));
+  DEVICE void hide_masked(float (&s)[kColumns / 8][4], uint32_t scalars) const {
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float hidden = ptx::load_shared<float>(scalars + 8 * column_slot(n, e));  // 0 or -inf
+        s[n][e] += hidden, s[n][2 + e] += hidden;
+      }
     }
-    if (!kKeyRows && p.key_mask.data) sum += ptx::load_shared<float>(scalars + 8 * slot);
-    return sum;
   }
 
   // ---- results -----------------------------------------------------------------------------------------------------------------
@@ -237,20 +305,26 @@ template <class T, class S> struct Block {
   // Calls visit(box, stage) for every box of columns, its operands in memory.
   template <class Visit> DEVICE void for_boxes(const Visit& visit) const {
     const Range range(work, tile, tables);
-    const bool plain = !p.rpb.data && !p.key_mask.data;
+    const bool plain = !has_bias() && !has_mask();
     const int heads = kKeyRows ? int(p.heads / p.heads_kv) : 1;
-    const int total = range.count * heads + (kKeyRows ? 0 : int((p.additional + kColumns - 1) / kColumns));
-    const auto box_of = [&](int index) { return Box(work, tile, range, index, kColumns, plain); };
+    const int total = range.count * heads + (kKeyRows ? 0 : (additional() + kColumns - 1) / kColumns);
+    Box next = Box::first(work, tile, range, plain), box = next;
+    const auto fetch = [&](int index) {
+      if (index > 0) next.template advance<kKeyRows>(work, range, kColumns, plain);
+      if (index < total) {
+        copy_columns(stages + index % S::kStages * S::kStageBytes, next);
+      }
+      ptx::cp_async_commit();  // empty behind the last box: the count of groups stays regular
+    };
     copy_rows();
-    if (S::kStages == 2 && total > 0) copy_columns(stages, box_of(0));
-    ptx::cp_async_commit();
+    if (S::kStages == 2) fetch(0);
     for (int i = 0; i < total; ++i) {
-      const int ahead = i + S::kStages - 1;  // with one stage the box itself
-      if (ahead < total) copy_columns(stages + ahead % S::kStages * S::kStageBytes, box_of(ahead));
-      ptx::cp_async_commit();
+      if (S::kStages == 2) box = next;
+      fetch(i + S::kStages - 1);
+      if (S::kStages == 1) box = next;
       ptx::cp_async_wait<S::kStages - 1>();
       ptx::sync_threads();  // everybody's copies of this box have landed
-      visit(box_of(i), stages + i % S::kStages * S::kStageBytes);
+      visit(box, stages + i % S::kStages * S::kStageBytes);
       ptx::sync_threads();  // the next copies overwrite it
     }
     ptx::cp_async_wait<0>();
@@ -259,22 +333,22 @@ template <class T, class S> struct Block {
 };
 
 // ---- passes -------------------------------------------------------------------------------------------------------------------------
-template <class T, int kDim> struct Forward {
-  using S = Shape<kDim, Pass::kForward>;
+template <class T, int kDim, bool kExtras> struct Forward {
+  using S = Shape<kDim, Pass::kForward, kExtras>;
   float out[S::kOut / 8][4] = {}, largest[2] = {-ptx::infinity(), -ptx::infinity()}, total[2] = {};
 
   DEVICE void visit(const Block<T, S>& block, const Box& box, uint32_t stage) {
     float s[S::kColumns / 8][4];
     const int blocks = (box.count + 15) / 16;
     multiply<T, kDim, S::kColumns>(s, block.row_operands, stage, blocks);
-    block.to_logits(s, box, stage + 2 * S::kBoxBytes);
+    const float scale = block.to_logits(s, box, stage + 2 * S::kBoxBytes);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float top = largest[i];
+      float top = -ptx::infinity();
 #pragma unroll
       for (int n = 0; n < S::kColumns / 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
       top = fmaxf(top, ptx::shfl_xor(top, 1));
-      top = fmaxf(top, ptx::shfl_xor(top, 2));
+      top = fmaxf(largest[i], scale * fmaxf(top, ptx::shfl_xor(top, 2)));
       const float shift = top == -ptx::infinity() ? 0.f : top;  // nothing visible so far: no 2^(-inf + inf)
       const float rescale = ptx::ex2(largest[i] - shift);
       largest[i] = top;
@@ -282,7 +356,7 @@ template <class T, int kDim> struct Forward {
 #pragma unroll
       for (int n = 0; n < S::kColumns / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) total[i] += s[n][2 * i + e] = ptx::ex2(s[n][2 * i + e] - shift);
+        for (int e = 0; e < 2; ++e) total[i] += s[n][2 * i + e] = ptx::ex2(s[n][2 * i + e] * scale - shift);
       }
 #pragma unroll
       for (int n = 0; n < S::kOut / 8; ++n) out[n][2 * i] *= rescale, out[n][2 * i + 1] *= rescale;
@@ -309,8 +383,8 @@ template <class T, int kDim> struct Forward {
   }
 };
 
-template <class T, int kDim> struct QueryGradient {
-  using S = Shape<kDim, Pass::kQueryGradient>;
+template <class T, int kDim, bool kExtras> struct QueryGradient {
+  using S = Shape<kDim, Pass::kQueryGradient, kExtras>;
   float sums[S::kOut / 8][4] = {}, lse[2] = {}, delta[2] = {};
 
   DEVICE void begin(const Block<T, S>& block) {
@@ -326,12 +400,12 @@ template <class T, int kDim> struct QueryGradient {
     float s[S::kColumns / 8][4], slopes[S::kColumns / 8][4];
     const int blocks = (box.count + 15) / 16;
     multiply<T, kDim, S::kColumns>(s, block.row_operands, stage, blocks);
-    block.to_logits(s, box, stage + 2 * S::kBoxBytes);
+    const float scale = block.to_logits(s, box, stage + 2 * S::kBoxBytes);
     multiply<T, kDim, S::kColumns>(slopes, block.row_operands + S::kRowBytes, stage + S::kBoxBytes, blocks);
 #pragma unroll
     for (int n = 0; n < S::kColumns / 8; ++n) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) s[n][j] = ptx::ex2(s[n][j] - lse[j / 2]) * (slopes[n][j] - delta[j / 2]);
+      for (int j = 0; j < 4; ++j) s[n][j] = ptx::ex2(s[n][j] * scale - lse[j / 2]) * (slopes[n][j] - delta[j / 2]);
     }
     add_product<T, kDim, S::kOut, S::kColumns>(sums, s, stage, 0, blocks);
   }
@@ -341,8 +415,8 @@ template <class T, int kDim> struct QueryGradient {
   }
 };
 
-template <class T, int kDim> struct KeyGradient {
-  using S = Shape<kDim, Pass::kKeyGradient>;
+template <class T, int kDim, bool kExtras> struct KeyGradient {
+  using S = Shape<kDim, Pass::kKeyGradient, kExtras>;
   float keys[S::kOut / 8][4] = {}, values[S::kOut / 8][4] = {};
   bool masked[2] = {};
 
@@ -359,14 +433,14 @@ template <class T, int kDim> struct KeyGradient {
     const int blocks = (box.count + 15) / 16;
     const uint32_t scalars = stage + 2 * S::kBoxBytes;
     multiply<T, kDim, S::kColumns>(s, block.row_operands, stage, blocks);
-    block.to_logits(s, box, scalars);
+    const float scale = block.to_logits(s, box, scalars);
 #pragma unroll
     for (int n = 0; n < S::kColumns / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float lse = ptx::load_shared<float>(scalars + 8 * block.column_slot(n, e));
-        s[n][e] = masked[0] ? 0.f : ptx::ex2(s[n][e] - lse);
-        s[n][2 + e] = masked[1] ? 0.f : ptx::ex2(s[n][2 + e] - lse);
+        s[n][e] = masked[0] ? 0.f : ptx::ex2(s[n][e] * scale - lse);
+        s[n][2 + e] = masked[1] ? 0.f : ptx::ex2(s[n][2 + e] * scale - lse);
       }
     }
     add_product<T, kDim, S::kOut, S::kColumns>(values, s, stage + S::kBoxBytes, block.first_out, blocks);
@@ -390,7 +464,7 @@ template <class T, int kDim> struct KeyGradient {
   }
 };
 
-template <class T, class Work> __global__ void __launch_bounds__(kThreads) attend(const __grid_constant__ TileWork work) {
+template <class T, class Work> __global__ void __launch_bounds__(kThreads, 2) attend(const __grid_constant__ TileWork work) {
   const Block<T, typename Work::S> block(work, work.first + ptx::block_index(0));
   if (block.tile.is_empty()) return;  // the whole block: a group shorter than others
   block.fill_tables();

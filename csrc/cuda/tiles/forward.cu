@@ -7,6 +7,7 @@ namespace natten::cuda::tiles {
 const char* why_not(const Problem& p, Dtype dtype, bool backward, const DeviceFacts& device) {
   if (device.capability < 80) return "takes devices of compute capability 8.0 and up";
   if (dtype != Dtype::float16 && dtype != Dtype::bfloat16) return "takes float16 and bfloat16";
+  if (!(p.scale > 0)) return "takes positive scales: the softmax orders scores before it scales them";
   const int64_t dim = larger(p.head_dim, p.value_dim);
   if (p.head_dim % 8 || p.value_dim % 8 || p.value_dim == 0 || dim > 256) return "takes head dims that are multiples of 8, 8 to 256";
   if (!loads_wide<ptx::f16>({&p.query, &p.key, &p.value, &p.additional_keys, &p.additional_values, &p.out}))
@@ -15,6 +16,7 @@ const char* why_not(const Problem& p, Dtype dtype, bool backward, const DeviceFa
   if (backward && !loads_wide<ptx::f16>({&p.grad_out, &p.grad_query, &p.grad_key, &p.grad_value}))
     return "takes gradients whose rows begin at multiples of 16 bytes and lie densely";
   constexpr int64_t kLimit = (int64_t(1) << 31) - 1;  // positions, places in a bias table and boxes are counted in 32 bits
+  if (p.batch > kLimit || p.heads > kLimit) return "takes fewer than 2^31 samples and heads";
   int64_t seen = 1;
   for (int a = 0; a < kAxes; ++a) {
     if (p.axis[a].length >= kLimit) return "takes fewer than 2^31 tokens on an axis";

@@ -9,7 +9,7 @@ namespace {
 
 template <class T, class Sums> const char* run_pass(const Problem& p, Stream stream) {
   using S = typename Sums::S;
-  TileWork work{p, make_plan(p, S::kKeyRows, S::kColumns), 0};
+  TileWork work{p, make_plan(p, S::kKeyRows, S::kColumns), 0, float(p.scale) * kLog2e};
   int64_t blocks = p.batch * (S::kKeyRows ? p.heads_kv : p.heads) * (S::kDim / S::kOut);
   for (int a = 0; a < kAxes; ++a) blocks *= p.axis[a].dilation * work.plan.tiles[a];
   for (; work.first < blocks; work.first += kMaxBlocks)
@@ -18,17 +18,19 @@ template <class T, class Sums> const char* run_pass(const Problem& p, Stream str
 }
 
 // The smallest head dim of the table that holds both: rows are filled up with zeros in shared memory.
-template <template <class, int> class Sums, class T> const char* run_dim(const Problem& p, Stream stream) {
+template <template <class, int, bool> class Sums, class T, bool kExtras> const char* run_dim(const Problem& p, Stream stream) {
   const int64_t dim = larger(p.head_dim, p.value_dim);
-  if (dim <= 16) return run_pass<T, Sums<T, 16>>(p, stream);
-  if (dim <= 32) return run_pass<T, Sums<T, 32>>(p, stream);
-  if (dim <= 64) return run_pass<T, Sums<T, 64>>(p, stream);
-  if (dim <= 128) return run_pass<T, Sums<T, 128>>(p, stream);
-  return run_pass<T, Sums<T, 256>>(p, stream);
+  if (dim <= 16) return run_pass<T, Sums<T, 16, kExtras>>(p, stream);
+  if (dim <= 32) return run_pass<T, Sums<T, 32, kExtras>>(p, stream);
+  if (dim <= 64) return run_pass<T, Sums<T, 64, kExtras>>(p, stream);
+  if (dim <= 128) return run_pass<T, Sums<T, 128, kExtras>>(p, stream);
+  return run_pass<T, Sums<T, 256, kExtras>>(p, stream);
 }
 
-template <template <class, int> class Sums> const char* run_sums(const Problem& p, Dtype dtype, Stream stream) {
-  return dtype == Dtype::float16 ? run_dim<Sums, ptx::f16>(p, stream) : run_dim<Sums, ptx::bf16>(p, stream);
+template <template <class, int, bool> class Sums> const char* run_sums(const Problem& p, Dtype dtype, Stream stream) {
+  const bool half = dtype == Dtype::float16, extras = p.rpb.data || p.key_mask.data || p.additional;
+  if (extras) return half ? run_dim<Sums, ptx::f16, true>(p, stream) : run_dim<Sums, ptx::bf16, true>(p, stream);
+  return half ? run_dim<Sums, ptx::f16, false>(p, stream) : run_dim<Sums, ptx::bf16, false>(p, stream);
 }
 
 }  // namespace
