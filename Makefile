@@ -5,6 +5,7 @@
 # make test-torch TORCH=torch==2.15.0   the same wheel under another torch, in an environment of its own (TORCH_ENV)
 # make test-integrations   models of other libraries that import natten, unmodified, in environments of their own
 # make cuda      the CUDA library, built with nvcc whatever torch is at hand, beside the installed one
+# make test-cuda-build | test-mutations   the CUDA kernels: all instantiations; broken on purpose
 # make lint | test-slow | bench | asan | wheel | clean
 #
 # All set everything up: in the active virtual environment if it has torch >= 2.11, else in .venv, which sees the
@@ -69,6 +70,12 @@ bench: build
 build: $(ready)
 	$(pip) install -q --no-deps --no-build-isolation -e .
 
+# What nvcc makes of every kernel; what the tests notice of changes to them (an hour).
+test-cuda-build: build
+	$(PY) -m pytest -q -m "slow or not slow" tests/test_cuda_build.py
+test-mutations: build
+	$(PY) -m pytest -q -m "slow or not slow" tests/test_mutations.py
+
 # A build folder of its own: `make build` goes on without it. NATTEN_OPS_CUDA_ARCHS=90a-real builds for one GPU.
 NATTEN_OPS_CUDA_ARCHS ?= 80-real;90a-real;80-virtual
 cuda: build
@@ -109,4 +116,4 @@ $(ready): pyproject.toml Makefile
 clean:
 	rm -rf build dist demo_out .asan .venv .venv-*
 
-.PHONY: demo cuda test test-torch test-slow test-integrations lint bench build asan wheel clean
+.PHONY: demo cuda test-cuda-build test-mutations test test-torch test-slow test-integrations lint bench build asan wheel clean

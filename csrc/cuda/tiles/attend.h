@@ -22,7 +22,7 @@ template <int kDim_, Pass kPass_, bool kExtras_> struct Shape {
   static constexpr bool kExtras = kExtras_;  // a bias table, a key mask or additional tokens
   static constexpr bool kKeyRows = kPass == Pass::kKeyGradient, kBackward = kPass != Pass::kForward;
   static constexpr int kColumns = kDim > 128 || (kBackward && kDim > 64) ? 32 : 64;
-  static constexpr int kOut = kKeyRows && kDim > 128 ? 64 : kDim;  // two sums of 128 and the scores take more than 255 registers
+  static constexpr int kOut = kDim <= 128 || !kBackward ? kDim : kKeyRows ? 64 : 128;  // more spills registers
   static constexpr int kStages = kDim > 128 ? 1 : 2;
   static constexpr int kRowBytes = Operand<kDim>::bytes(kRows), kBoxBytes = Operand<kDim>::bytes(kColumns);
   static constexpr int kScalars = 8 * kColumns;  // two numbers a column
@@ -37,14 +37,15 @@ template <class T, class S> struct Block {
 
   const TileWork& work;
   const Problem& p;
-  const Tile<kKeyRows> tile;
   const int first_out;  // first number of the sums
   const uint32_t row_operands, stages;
   const Tables tables;
+  const Tile<kKeyRows> tile;
 
   DEVICE Block(const TileWork& w, int64_t item)
-      : work(w), p(w.p), tile(w, item / (kDim / kOut)), first_out(int(item % (kDim / kOut)) * kOut), row_operands(ptx::shared_base()),
-        stages(row_operands + (kBackward ? 2 : 1) * S::kRowBytes), tables(stages + S::kStages * S::kStageBytes, kColumns) {}
+      : work(w), p(w.p), first_out(int(item % (kDim / kOut)) * kOut), row_operands(ptx::shared_base()),
+        stages(row_operands + (kBackward ? 2 : 1) * S::kRowBytes), tables(stages + S::kStages * S::kStageBytes, kColumns),
+        tile(w, item / (kDim / kOut), tables) {}
 
   // ---- options; constants in kernels without them
   DEVICE bool has_bias() const { return kExtras && p.rpb.data; }
@@ -74,10 +75,11 @@ template <class T, class S> struct Block {
       for (int i = 0; i < 2; ++i) ptx::store_shared(tables.column_offset(i, slot), offset(column_operand(i), steps));
     }
     for (int a = 0; a < kAxes; ++a)
-      for (int i = thread; i < tile.count[a]; i += kThreads) {
-        const Span span = tile.span_of(p, a, tile.group[a], tile.base[a] + i);
-        ptx::store_shared(tables.spans + 8 * (tile.span_at[a] + i), int(span.first));
-        ptx::store_shared(tables.spans + 8 * (tile.span_at[a] + i) + 4, int(span.end));
+      for (int i = thread; i < tables.fact(kCount, a); i += kThreads) {
+        const Span span = tile.span_of(p, a, tables.fact(kGroup, a), tables.fact(kBase, a) + i);
+        const uint32_t at = tables.span(tables.fact(kSpanAt, a) + i);
+        ptx::store_shared(at, int(span.first));
+        ptx::store_shared(at + 4, int(span.end));
       }
   }
   DEVICE const Rows& row_operand(int i) const { return i ? (kKeyRows ? p.value : p.grad_out) : (kKeyRows ? p.key : p.query); }
@@ -89,8 +91,8 @@ template <class T, class S> struct Block {
 #pragma unroll
     for (int a = 0; a < kAxes; ++a) {
       const int i = field(word, a) - 1;
-      there = there && i < tile.count[a];
-      token[a] = tile.group[a] + p.axis[a].dilation * (tile.base[a] + i) - tile.row_origin(p)[a];
+      there = there && i < tables.fact(kCount, a);
+      token[a] = tables.fact(kGroup, a) + p.axis[a].dilation * (tables.fact(kBase, a) + i) - tile.row_origin(p)[a];
     }
     return there;
   }
@@ -99,7 +101,7 @@ template <class T, class S> struct Block {
     bool there = word != kNowhere;
 #pragma unroll
     for (int a = 0; a < kAxes; ++a) {
-      token[a] = tile.group[a] + p.axis[a].dilation * (box.start[a] + field(word, a) - 1) - tile.column_origin(p)[a];
+      token[a] = tables.fact(kGroup, a) + p.axis[a].dilation * (box.start[a] + field(word, a) - 1) - tile.column_origin(p)[a];
       there = there && token[a] >= 0 && token[a] < tile.column_shape(p)[a];
     }
     return there;
@@ -115,10 +117,10 @@ template <class T, class S> struct Block {
   }
 
   // ---- copies -------------------------------------------------------------------------------------------------------------
-  // The first `slots` of kSlots rows of `dims` numbers; find(slot, &at) says whether there is one, and where behind `from`. What
+  // kSlots rows of `dims` numbers; find(slot, &at) says whether there is one, and where behind `from`. What
   // is not there becomes zeros, masked keys too: whatever they hold, a weight of 0 makes 0 of it. A thread copies the same
   // chunk of every row that is its own.
-  template <int kSlots, class Find> DEVICE void copy(uint32_t to, const T* from, int64_t dims, int slots, const Find& find) const {
+  template <int kSlots, class Find> DEVICE void copy(uint32_t to, const T* from, int64_t dims, const Find& find) const {
     constexpr int kChunks = Element::kChunks, kStep = kThreads / kChunks;  // rows that all threads copy at once
     static_assert(kSlots % kStep == 0, "every thread copies as many");
     const int chunk = ptx::thread_index() % kChunks, first = ptx::thread_index() / kChunks;
@@ -126,7 +128,6 @@ template <class T, class S> struct Block {
 #pragma unroll(kBackward && kDim > 64 ? 1 : 2)
     for (int i = 0; i < kSlots / kStep; ++i) {  // more of them at a time take registers that the sums need
       const int slot = first + i * kStep;
-      if (slot >= slots) continue;
       int64_t at = 0;
       const bool there = find(slot, &at) && inside;
       ptx::cp_async_16(to + Element::at(slot, chunk), from + (there ? at + chunk * 8 : 0), there);
@@ -135,19 +136,18 @@ template <class T, class S> struct Block {
   DEVICE void copy_rows() const {
 #pragma unroll
     for (int i = 0; i < (kBackward ? 2 : 1); ++i)
-      copy<kRows>(row_operands + i * S::kRowBytes, head_of<const T>(row_operand(i), tile.head), i ? p.value_dim : p.head_dim, kRows, [&](int slot, int64_t* at) {
+      copy<kRows>(row_operands + i * S::kRowBytes, head_of<const T>(row_operand(i), tile.head), i ? p.value_dim : p.head_dim, [&](int slot, int64_t* at) {
         int64_t token[kAxes];
         *at = ptx::load_shared<int64_t>(tables.row_offset(i, slot));
         return row_token(ptx::load_shared<uint32_t>(tables.row_word + 4 * slot), token) && !(kKeyRows && is_masked(token));
       });
   }
   DEVICE void copy_columns(uint32_t to, const Box& box) const {
-    const int slots = (box.count + 15) / 16 * 16;
     if (kExtras && box.token >= 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const Rows& rows = i ? p.additional_values : p.additional_keys;
-        copy<kColumns>(to + i * S::kBoxBytes, head_of<const T>(rows, box.head), i ? p.value_dim : p.head_dim, slots, [&](int slot, int64_t* at) {
+        copy<kColumns>(to + i * S::kBoxBytes, head_of<const T>(rows, box.head), i ? p.value_dim : p.head_dim, [&](int slot, int64_t* at) {
           *at = (box.token + slot) * rows.token[kAxes - 1];
           return slot < box.count;
         });
@@ -158,12 +158,12 @@ template <class T, class S> struct Block {
     uint32_t last = 0;  // of the columns that the tensor holds
 #pragma unroll
     for (int a = 0; a < kAxes; ++a) {
-      start[a] = tile.group[a] + p.axis[a].dilation * box.start[a] - tile.column_origin(p)[a];
-      last = last << 9 | uint32_t(clamped(tile.column_end[a] - box.start[a]));
+      start[a] = tables.fact(kGroup, a) + p.axis[a].dilation * box.start[a] - tile.column_origin(p)[a];
+      last = last << 9 | uint32_t(clamped(tables.fact(kColumnEnd, a) - box.start[a]));
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      copy<kColumns>(to + i * S::kBoxBytes, head_of<const T>(column_operand(i), box.head) + offset(column_operand(i), start), i ? p.value_dim : p.head_dim, slots, [&](int slot, int64_t* at) {
+      copy<kColumns>(to + i * S::kBoxBytes, head_of<const T>(column_operand(i), box.head) + offset(column_operand(i), start), i ? p.value_dim : p.head_dim, [&](int slot, int64_t* at) {
         const uint32_t word = ptx::load_shared<uint32_t>(tables.column_word + 4 * slot);
         *at = ptx::load_shared<int64_t>(tables.column_offset(i, slot));
         if (!is_within(word, packed(1, 1, 1) - kGuards, last + kGuards)) return false;
@@ -219,8 +219,8 @@ template <class T, class S> struct Block {
 #pragma unroll
       for (int a = 0; a < kAxes; ++a) {
         const int at = field(row, a) - 1;
-        const bool there = at < tile.count[a];
-        const uint32_t span = tables.spans + 8 * (tile.span_at[a] + (there ? at : 0));
+        const bool there = at < tables.fact(kCount, a);
+        const uint32_t span = tables.span(tables.fact(kSpanAt, a) + (there ? at : 0));
         first[i] = first[i] << 9 | uint32_t(clamped(ptx::load_shared<int>(span) - box.start[a] + 1));
         last[i] = last[i] << 9 | uint32_t(there ? clamped(ptx::load_shared<int>(span + 4) - box.start[a]) : 0);
       }
@@ -250,7 +250,7 @@ template <class T, class S> struct Block {
       int64_t at = head;  // of the box's first column
 #pragma unroll
       for (int a = 0; a < kAxes; ++a) {
-        const int distance = box.start[a] - (tile.base[a] + field(row, a) - 1);
+        const int distance = box.start[a] - (tables.fact(kBase, a) + field(row, a) - 1);
         at += (int(p.axis[a].kernel) - 1 + (kKeyRows ? -distance : distance)) * int(p.rpb.token[a]);
       }
 #pragma unroll
@@ -304,16 +304,13 @@ template <class T, class S> struct Block {
   // ---- the walk ------------------------------------------------------------------------------------------------------------------
   // Calls visit(box, stage) for every box of columns, its operands in memory.
   template <class Visit> DEVICE void for_boxes(const Visit& visit) const {
-    const Range range(work, tile, tables);
     const bool plain = !has_bias() && !has_mask();
-    const int heads = kKeyRows ? int(p.heads / p.heads_kv) : 1;
-    const int total = range.count * heads + (kKeyRows ? 0 : (additional() + kColumns - 1) / kColumns);
-    Box next = Box::first(work, tile, range, plain), box = next;
+    const int group = int(p.heads / p.heads_kv);
+    const int total = count_boxes(work, tables) * (kKeyRows ? group : 1) + (kKeyRows ? 0 : (additional() + kColumns - 1) / kColumns);
+    Box next = Box::first(work, tables, kKeyRows ? tile.head * group : tile.head / group, plain), box = next;
     const auto fetch = [&](int index) {
-      if (index > 0) next.template advance<kKeyRows>(work, range, kColumns, plain);
-      if (index < total) {
-        copy_columns(stages + index % S::kStages * S::kStageBytes, next);
-      }
+      if (index > 0) next.template advance<kKeyRows, kExtras>(work, tables, kColumns, plain);
+      if (index < total) copy_columns(stages + index % S::kStages * S::kStageBytes, next);
       ptx::cp_async_commit();  // empty behind the last box: the count of groups stays regular
     };
     copy_rows();
@@ -339,8 +336,7 @@ template <class T, int kDim, bool kExtras> struct Forward {
 
   DEVICE void visit(const Block<T, S>& block, const Box& box, uint32_t stage) {
     float s[S::kColumns / 8][4];
-    const int blocks = (box.count + 15) / 16;
-    multiply<T, kDim, S::kColumns>(s, block.row_operands, stage, blocks);
+    multiply<T, kDim, S::kColumns>(s, block.row_operands, stage);
     const float scale = block.to_logits(s, box, stage + 2 * S::kBoxBytes);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -361,7 +357,7 @@ template <class T, int kDim, bool kExtras> struct Forward {
 #pragma unroll
       for (int n = 0; n < S::kOut / 8; ++n) out[n][2 * i] *= rescale, out[n][2 * i + 1] *= rescale;
     }
-    add_product<T, kDim, S::kOut, S::kColumns>(out, s, stage + S::kBoxBytes, 0, blocks);
+    add_product<T, kDim, S::kOut, S::kColumns>(out, s, stage + S::kBoxBytes, 0);
   }
 
   DEVICE void finish(const Block<T, S>& block) {
@@ -398,16 +394,15 @@ template <class T, int kDim, bool kExtras> struct QueryGradient {
   }
   DEVICE void visit(const Block<T, S>& block, const Box& box, uint32_t stage) {
     float s[S::kColumns / 8][4], slopes[S::kColumns / 8][4];
-    const int blocks = (box.count + 15) / 16;
-    multiply<T, kDim, S::kColumns>(s, block.row_operands, stage, blocks);
+    multiply<T, kDim, S::kColumns>(s, block.row_operands, stage);
     const float scale = block.to_logits(s, box, stage + 2 * S::kBoxBytes);
-    multiply<T, kDim, S::kColumns>(slopes, block.row_operands + S::kRowBytes, stage + S::kBoxBytes, blocks);
+    multiply<T, kDim, S::kColumns>(slopes, block.row_operands + S::kRowBytes, stage + S::kBoxBytes);
 #pragma unroll
     for (int n = 0; n < S::kColumns / 8; ++n) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) s[n][j] = ptx::ex2(s[n][j] * scale - lse[j / 2]) * (slopes[n][j] - delta[j / 2]);
     }
-    add_product<T, kDim, S::kOut, S::kColumns>(sums, s, stage, 0, blocks);
+    add_product<T, kDim, S::kOut, S::kColumns>(sums, s, stage, block.first_out);
   }
   DEVICE void finish(const Block<T, S>& block) {
     const float factor[2] = {float(block.p.scale), float(block.p.scale)};
@@ -430,9 +425,8 @@ template <class T, int kDim, bool kExtras> struct KeyGradient {
   }
   DEVICE void visit(const Block<T, S>& block, const Box& box, uint32_t stage) {
     float s[S::kColumns / 8][4], slopes[S::kColumns / 8][4];
-    const int blocks = (box.count + 15) / 16;
     const uint32_t scalars = stage + 2 * S::kBoxBytes;
-    multiply<T, kDim, S::kColumns>(s, block.row_operands, stage, blocks);
+    multiply<T, kDim, S::kColumns>(s, block.row_operands, stage);
     const float scale = block.to_logits(s, box, scalars);
 #pragma unroll
     for (int n = 0; n < S::kColumns / 8; ++n) {
@@ -443,8 +437,8 @@ template <class T, int kDim, bool kExtras> struct KeyGradient {
         s[n][2 + e] = masked[1] ? 0.f : ptx::ex2(s[n][2 + e] * scale - lse);
       }
     }
-    add_product<T, kDim, S::kOut, S::kColumns>(values, s, stage + S::kBoxBytes, block.first_out, blocks);
-    multiply<T, kDim, S::kColumns>(slopes, block.row_operands + S::kRowBytes, stage + S::kBoxBytes, blocks);
+    add_product<T, kDim, S::kOut, S::kColumns>(values, s, stage + S::kBoxBytes, block.first_out);
+    multiply<T, kDim, S::kColumns>(slopes, block.row_operands + S::kRowBytes, stage + S::kBoxBytes);
 #pragma unroll
     for (int n = 0; n < S::kColumns / 8; ++n) {
 #pragma unroll
@@ -454,7 +448,7 @@ template <class T, int kDim, bool kExtras> struct KeyGradient {
         s[n][2 + e] *= slopes[n][2 + e] - delta;
       }
     }
-    add_product<T, kDim, S::kOut, S::kColumns>(keys, s, stage, block.first_out, blocks);
+    add_product<T, kDim, S::kOut, S::kColumns>(keys, s, stage, block.first_out);
   }
   DEVICE void finish(const Block<T, S>& block) {
     const Problem& p = block.p;
@@ -466,8 +460,11 @@ template <class T, int kDim, bool kExtras> struct KeyGradient {
 
 template <class T, class Work> __global__ void __launch_bounds__(kThreads, 2) attend(const __grid_constant__ TileWork work) {
   const Block<T, typename Work::S> block(work, work.first + ptx::block_index(0));
-  if (block.tile.is_empty()) return;  // the whole block: a group shorter than others
+  ptx::sync_threads();  // the facts of the tile
+  if (block.tile.is_empty(block.tables)) return;  // all threads
   block.fill_tables();
+  ptx::sync_threads();
+  find_range(work, block.tables);
   ptx::sync_threads();
   Work sums;
   if constexpr (Work::S::kBackward) sums.begin(block);

@@ -40,9 +40,9 @@ template <int kDim> struct Operand {
   }
 };
 
-// scores = rows . columns^T of the warp's 16 rows and the first 16 * blocks columns.
+// scores = rows . columns^T of the warp's 16 rows.
 template <class T, int kDim, int kColumns>
-DEVICE void multiply(float (&scores)[kColumns / 8][4], uint32_t rows, uint32_t columns, int blocks) {
+DEVICE void multiply(float (&scores)[kColumns / 8][4], uint32_t rows, uint32_t columns) {
   const int warp = ptx::thread_index() / 32;
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.f;
@@ -52,7 +52,6 @@ DEVICE void multiply(float (&scores)[kColumns / 8][4], uint32_t rows, uint32_t c
     Operand<kDim>::load_left(left, rows, warp, d);
 #pragma unroll
     for (int n = 0; n < kColumns / 16; ++n) {
-      if (n >= blocks) continue;
       uint32_t right[4];
       Operand<kDim>::load_right(right, columns, n, d);
       ptx::mma_m16n8k16<T>(scores[2 * n], left, right[0], right[1]);
@@ -63,10 +62,9 @@ DEVICE void multiply(float (&scores)[kColumns / 8][4], uint32_t rows, uint32_t c
 
 // sums += weights . columns, numbers [first, first + kOut) of the columns' rows. Weights are rounded to T here, once.
 template <class T, int kDim, int kOut, int kColumns>
-DEVICE void add_product(float (&sums)[kOut / 8][4], const float (&weights)[kColumns / 8][4], uint32_t columns, int first, int blocks) {
+DEVICE void add_product(float (&sums)[kOut / 8][4], const float (&weights)[kColumns / 8][4], uint32_t columns, int first) {
 #pragma unroll
   for (int n = 0; n < kColumns / 16; ++n) {
-    if (n >= blocks) continue;
     const float(&low)[4] = weights[2 * n], (&high)[4] = weights[2 * n + 1];  // two accumulators of scores are one left operand
     const uint32_t left[4] = {ptx::pack<T>(low[0], low[1]), ptx::pack<T>(low[2], low[3]), ptx::pack<T>(high[0], high[1]), ptx::pack<T>(high[2], high[3])};
 #pragma unroll

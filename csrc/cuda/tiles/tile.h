@@ -33,27 +33,36 @@ DEVICE uint32_t coordinates_of(int slot, const int* shape) {
   return packed(rest / shape[1] + 1, rest % shape[1] + 1, z + 1);
 }
 
-// Tables in shared memory, one after the other.
+// What all threads know alike lies in shared memory: registers are for sums. First facts of the tile, one a kind and axis.
+enum Fact {
+  kGroup, kBase, kCount,  // rows base + [0, count) of a dilation group
+  kColumnEnd,             // behind the last position of the other side
+  kSpanAt,                // an axis's entries among the spans
+  kBegin, kEnd,           // columns that some row sees, in boxes: the end of the last box
+  kEveryBegin, kEveryEnd, // columns that every row sees
+  kFacts
+};
 struct Tables {
-  uint32_t row_offsets, column_offsets, row_word, column_word, column_bias, spans;
+  uint32_t row_offsets, column_offsets, row_word, column_word, column_bias, facts, spans;
   int columns;
   DEVICE Tables(uint32_t base, int columns_) {
     columns = columns_;
     row_offsets = base, column_offsets = row_offsets + 16 * kRows, row_word = column_offsets + 16 * columns;
-    column_word = row_word + 4 * kRows, column_bias = column_word + 4 * columns, spans = column_bias + 4 * columns;
+    column_word = row_word + 4 * kRows, column_bias = column_word + 4 * columns, facts = column_bias + 4 * columns;
+    spans = facts + 4 * kAxes * kFacts;
   }
   // Of the first or second operand, in numbers.
   DEVICE uint32_t row_offset(int operand, int slot) const { return row_offsets + 8 * (operand * kRows + slot); }
   DEVICE uint32_t column_offset(int operand, int slot) const { return column_offsets + 8 * (operand * columns + slot); }
+  DEVICE uint32_t span(int i) const { return spans + 8 * i; }
+  DEVICE int fact(Fact which, int a) const { return ptx::load_shared<int>(facts + 4 * (kAxes * which + a)); }
+  DEVICE void set_fact(Fact which, int a, int value) const { ptx::store_shared(facts + 4 * (kAxes * which + a), value); }
 };
-constexpr int table_bytes(int columns) { return 20 * kRows + 24 * columns + 8 * (kRows + kAxes); }
+constexpr int table_bytes(int columns) { return 20 * kRows + 24 * columns + 4 * kAxes * kFacts + 8 * (kRows + kAxes) + 4; }
 
-// The row tile of a block: rows base + [0, count) of a group on each axis; empty where the group is short.
+// The row tile of a block.
 template <bool kKeyRows> struct Tile {
-  int b, head, heads_together;  // query heads of a head of keys
-  int group[kAxes], base[kAxes], count[kAxes];
-  int column_end[kAxes];  // behind the last position of the other side
-  int span_at[kAxes];     // an axis's entries among the spans
+  int b, head;
 
   static DEVICE const int64_t* row_shape(const Problem& p) { return kKeyRows ? p.kv_shape : p.q_shape; }
   static DEVICE const int64_t* row_origin(const Problem& p) { return kKeyRows ? p.kv_origin : p.q_origin; }
@@ -65,25 +74,30 @@ template <bool kKeyRows> struct Tile {
     return token <= group ? 0 : int((token - group + dilation - 1) / dilation);
   }
 
-  DEVICE Tile(const TileWork& work, int64_t item) {
+  // One thread writes the facts.
+  DEVICE Tile(const TileWork& work, int64_t item, const Tables& tables) {
     const Problem& p = work.p;
-    int tile[kAxes];
-    for (int a = kAxes - 1; a >= 0; --a) tile[a] = int(item % work.plan.tiles[a]), item /= work.plan.tiles[a];
-    for (int a = kAxes - 1; a >= 0; --a) group[a] = int(item % p.axis[a].dilation), item /= p.axis[a].dilation;
     const int64_t heads = kKeyRows ? p.heads_kv : p.heads;
-    head = int(item % heads), b = int(item / heads);
-    heads_together = int(p.heads / p.heads_kv);
+    int64_t tiles = 1, groups = 1;
+    for (int a = 0; a < kAxes; ++a) tiles *= work.plan.tiles[a], groups *= p.axis[a].dilation;
+    head = int(item / (tiles * groups) % heads), b = int(item / (tiles * groups) / heads);
+    if (ptx::thread_index() != 0) return;
+    int64_t tile = item % tiles, group = item / tiles % groups;
     int spans = 0;
-    for (int a = 0; a < kAxes; ++a) {
+    for (int a = kAxes - 1; a >= 0; --a) {
       const int64_t origin = row_origin(p)[a], dilation = p.axis[a].dilation;
-      base[a] = position_from(origin, group[a], dilation) + tile[a] * work.plan.rows[a];
-      const int left = position_from(origin + row_shape(p)[a], group[a], dilation) - base[a];
-      count[a] = left < work.plan.rows[a] ? left : work.plan.rows[a];
-      column_end[a] = position_from(column_origin(p)[a] + column_shape(p)[a], group[a], dilation);
-      span_at[a] = spans, spans += work.plan.rows[a];
+      const int g = int(group % dilation), base = position_from(origin, g, dilation) + int(tile % work.plan.tiles[a]) * work.plan.rows[a];
+      group /= dilation, tile /= work.plan.tiles[a];
+      tables.set_fact(kGroup, a, g);
+      tables.set_fact(kBase, a, base);
+      tables.set_fact(kCount, a, int(smaller(position_from(origin + row_shape(p)[a], g, dilation) - base, work.plan.rows[a])));
+      tables.set_fact(kColumnEnd, a, position_from(column_origin(p)[a] + column_shape(p)[a], g, dilation));
+      tables.set_fact(kSpanAt, a, spans);
+      spans += work.plan.rows[a];
     }
   }
-  DEVICE bool is_empty() const { return count[0] <= 0 || count[1] <= 0 || count[2] <= 0; }
+  // Where a group is shorter than others.
+  static DEVICE bool is_empty(const Tables& tables) { return tables.fact(kCount, 0) <= 0 || tables.fact(kCount, 1) <= 0 || tables.fact(kCount, 2) <= 0; }
 
   // The range of column positions that a row sees on an axis; only those that the tensors hold.
   static DEVICE Span span_of(const Problem& p, int a, int group, int position) {
@@ -97,65 +111,63 @@ template <bool kKeyRows> struct Tile {
   }
 };
 
-// What a tile's rows see: on each axis a range of columns that some row sees, and one that every row sees.
-struct Range {
-  int begin[kAxes], boxes[kAxes], every_begin[kAxes], every_end[kAxes];
-  int count;  // of boxes
-
-  template <class Tile> DEVICE Range(const TileWork& work, const Tile& tile, const Tables& tables) {
-    count = 1;
-#pragma unroll
-    for (int a = 0; a < kAxes; ++a) {
-      const uint32_t low = tables.spans + 8 * tile.span_at[a], high = low + 8 * (tile.count[a] - 1);
-      begin[a] = ptx::load_shared<int>(low), every_end[a] = ptx::load_shared<int>(low + 4);
-      every_begin[a] = ptx::load_shared<int>(high);
-      const int end = ptx::load_shared<int>(high + 4), size = work.plan.columns[a];
-      boxes[a] = end > begin[a] ? (end - begin[a] + size - 1) / size : 0;
-      count *= boxes[a];
-    }
-  }
-};
+// From the spans of the first and last row of each axis what the rows see; a thread an axis.
+DEVICE void find_range(const TileWork& work, const Tables& tables) {
+  const int a = ptx::thread_index();
+  if (a >= kAxes) return;
+  const uint32_t low = tables.span(tables.fact(kSpanAt, a)), high = low + 8 * (tables.fact(kCount, a) - 1);
+  const int begin = ptx::load_shared<int>(low), end = ptx::load_shared<int>(high + 4), size = work.plan.columns[a];
+  tables.set_fact(kBegin, a, begin);
+  tables.set_fact(kEnd, a, begin + (end > begin ? (end - begin + size - 1) / size * size : 0));
+  tables.set_fact(kEveryBegin, a, ptx::load_shared<int>(high));
+  tables.set_fact(kEveryEnd, a, ptx::load_shared<int>(low + 4));
+}
+// Boxes of a head.
+DEVICE int count_boxes(const TileWork& work, const Tables& tables) {
+  int count = 1;
+  for (int a = 0; a < kAxes; ++a) count *= (tables.fact(kEnd, a) - tables.fact(kBegin, a)) / work.plan.columns[a];
+  return count;
+}
 
 // A box of columns, or some additional tokens.
 struct Box {
-  int at[kAxes];     // which box of the range
   int start[kAxes];  // its first position
   int head;          // of the column operands
-  int count;         // slots in use
   int token;         // first additional token, or -1
+  int count;         // slots in use
   bool full;         // every row sees every slot in use
 
-  // Box 0 of the first head, which has one. `plain`: no bias, no mask.
-  template <bool kKeyRows> static DEVICE Box first(const TileWork& work, const Tile<kKeyRows>& tile, const Range& range, bool plain) {
+  // The first box of a head. `plain`: no bias, no mask.
+  static DEVICE Box first(const TileWork& work, const Tables& tables, int head, bool plain) {
     Box box{};
-    box.head = kKeyRows ? tile.head * tile.heads_together : tile.head / tile.heads_together;
-    box.token = -1;
-    box.settle(work, range, plain);
+    for (int a = 0; a < kAxes; ++a) box.start[a] = tables.fact(kBegin, a);
+    box.head = head, box.token = -1;
+    box.settle(work, tables, plain);
     return box;
   }
-  // The next one: boxes row-major, then those of the next head or (queries) the additional tokens.
-  template <bool kKeyRows> DEVICE void advance(const TileWork& work, const Range& range, int columns, bool plain) {
-    if (token < 0) {
-      if (++at[2] == range.boxes[2]) at[2] = 0, ++at[1];
-      if (at[1] == range.boxes[1]) at[1] = 0, ++at[0];
-      if (at[0] < range.boxes[0]) return settle(work, range, plain);
-      at[0] = 0;
-      if (kKeyRows) {
-        ++head;
-        return settle(work, range, plain);
+  // The next one: boxes row-major, then those of the next head (keys) or the additional tokens (queries).
+  template <bool kKeyRows, bool kExtras> DEVICE void advance(const TileWork& work, const Tables& tables, int columns, bool plain) {
+    if (!kExtras || token < 0) {
+      bool wrapped = true;
+#pragma unroll
+      for (int a = kAxes - 1; a >= 0; --a) {
+        if (!wrapped) continue;
+        start[a] += work.plan.columns[a];
+        wrapped = start[a] >= tables.fact(kEnd, a);
+        if (wrapped) start[a] = tables.fact(kBegin, a);
       }
+      if (kKeyRows && wrapped) ++head;
+      if (kKeyRows || !kExtras || !wrapped) return settle(work, tables, plain);
     }
     token = token < 0 ? 0 : token + columns;
     count = int(smaller(work.p.additional - token, columns)), full = false;
   }
-  DEVICE void settle(const TileWork& work, const Range& range, bool plain) {
+  DEVICE void settle(const TileWork& work, const Tables& tables, bool plain) {
     count = work.plan.columns[0] * work.plan.columns[1] * work.plan.columns[2];
     full = plain && count % 8 == 0;
 #pragma unroll
-    for (int a = 0; a < kAxes; ++a) {
-      start[a] = range.begin[a] + at[a] * work.plan.columns[a];
-      full = full && start[a] >= range.every_begin[a] && start[a] + work.plan.columns[a] <= range.every_end[a];
-    }
+    for (int a = 0; a < kAxes; ++a)
+      full = full && start[a] >= tables.fact(kEveryBegin, a) && start[a] + work.plan.columns[a] <= tables.fact(kEveryEnd, a);
 #if defined(NATTEN_ASSUME_FULL)  // the gates count the instructions of one kind of box at a time
     full = NATTEN_ASSUME_FULL;
 #endif
