@@ -29,10 +29,10 @@ REGISTERS = {
     "KeyGradient": {16: 152, 32: 184, 64: 208, 128: 248, 256: 208},
 }
 # Of the general path: kernels that a test compiles for devices of compute capability 7.5.
-GENERAL = """
-    Delta<float> RowsOfQuery<float,1,false> RowsOfKey<float,1,false> SumOfBias<float,false>
-    Logits<float> RowsOfQuery<float,1,true> RowsOfKey<float,1,true> RowsOfToken<float,1,true>
-""".split()
+GENERAL = [
+    "Delta<float>", "RowsOfQuery<float,1,false>", "RowsOfKey<float,1,false>", "SumOfBias<float,false>",
+    "Logits<float>", "RowsOfQuery<float,1,true>", "RowsOfKey<float,1,true>", "RowsOfToken<float,1,true>",
+]  # fmt: skip
 
 
 def nvcc(source, folder, arch="80", *flags):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The tensor-core kernels under emulation: numbers, no findings, the same bits in any order; their tiles' waste."""
 
+import ctypes
 import dataclasses
 
 import emulated
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from samples import NAMED, Problem, problems
 
 from natten_ops import backends
+from natten_ops.geometry.params import axis_window
 
 MMA = backends.by_name("cuda-mma").id
 HALVES = (torch.float16, torch.bfloat16)
@@ -122,3 +124,51 @@ def test_a_problem_that_does_not_fit_is_refused_by_name_and_taken_by_choice():
             reason.split(" of ")[-1] in text or "float16" in text
             for text in backends.by_name("cuda-mma").why_not(described)
         )
+
+
+# ---- tiles -------------------------------------------------------------------------------------------------------------
+
+# (axes of length, kernel, dilation) -> slots visited a pair of query and visible key: the best that other tilings of 64
+# queries reach, with boxes of any shape and number of keys.
+WASTE = {
+    ((8192, 511, 1),): 1.12,
+    ((32768, 2048, 1),): 1.03,
+    ((56, 7, 1), (56, 7, 1)): 4.90,
+    ((128, 31, 1), (128, 31, 1)): 1.50,
+    ((256, 13, 4), (256, 13, 4)): 2.31,
+    ((256, 80, 1), (256, 80, 1)): 1.14,
+    ((30, 18, 1), (48, 24, 1), (80, 24, 1)): 1.43,
+    ((16, 5, 1), (32, 5, 1), (32, 5, 1)): 3.58,
+}
+
+
+def plan_of(axes, key_rows=False, most=64):
+    """Shapes of a row tile and of a column box, on three axes of (length, kernel, stride, dilation, causal)."""
+    numbers = (ctypes.c_int64 * 15)(*(number for axis in axes for number in axis))
+    plan = (ctypes.c_int64 * 6)()
+    emulated.library().natten_tile_plan(numbers, int(key_rows), most, plan)
+    return list(plan[:3]), list(plan[3:])
+
+
+def boxes_of_axis(length, kernel, dilation, rows, columns):
+    """Boxes over all row tiles of an axis, by the windows of each group's queries."""
+    total = 0
+    for group in range(dilation):
+        count = len(range(group, length, dilation))
+        for first in range(0, count, rows):
+            begin = axis_window(group + dilation * first, length, kernel, 1, dilation, False)[1]
+            last = min(first + rows, count) - 1
+            end = axis_window(group + dilation * last, length, kernel, 1, dilation, False)[2]
+            total += -(-(end - begin) // columns)
+    return total
+
+
+@pytest.mark.parametrize("axes", WASTE, ids=str)
+def test_tiles_waste_no_more_than_the_best_of_64_queries(axes):
+    three = [(1, 1, 1)] * (3 - len(axes)) + list(axes)
+    rows, columns = plan_of([(length, kernel, 1, dilation, 0) for length, kernel, dilation in three])
+    boxes, pairs = 1, 1
+    for axis, of_rows, of_columns in zip(three, rows, columns):
+        boxes *= boxes_of_axis(*axis, of_rows, of_columns)
+        pairs *= axis[0] * axis[1]
+    assert round(boxes * 64 * 64 / pairs, 2) <= WASTE[axes]  # also the slots of a box that hold no token

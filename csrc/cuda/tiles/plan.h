@@ -21,12 +21,28 @@ struct Plan {
 
 namespace {
 
-// Tokens of the other side that `count` rows in the middle of an axis see together.
-inline int64_t seen_together(const Problem& p, int a, bool key_rows, int64_t count) {
+// Tokens of the other side that the rows of a tile see together on one axis: in the middle, and at its ends, where windows are
+// shifted or cut.
+struct Seen {
+  int middle, end;
+  double tiles, at_ends;
+
+  // Boxes of `size` over all tiles of the axis.
+  double boxes(int size) const {
+    return (tiles - at_ends) * ((middle + size - 1) / size) + at_ends * ((end + size - 1) / size);
+  }
+};
+
+inline Seen seen_together(const Problem& p, int a, bool key_rows, int64_t rows, int64_t tiles) {
   const Axis& axis = p.axis[a];
-  const int64_t length = group_length(axis, 0), first = larger(length / 2 - count / 2, 0), last = smaller(first + count, length) - 1;
-  const auto span = [&](int64_t position) { return key_rows ? inverse_window(axis, position * axis.dilation) : window(axis, position * axis.dilation); };
-  return larger(span(last).end - span(first).first, 1);
+  const int64_t length = group_length(axis, 0);
+  const auto of_tile = [&](int64_t first) {
+    const auto span = [&](int64_t position) { return key_rows ? inverse_window(axis, position * axis.dilation) : window(axis, position * axis.dilation); };
+    const int64_t seen = span(smaller(first + rows, length) - 1).end - span(first).first;
+    return int(smaller(larger(seen, 1), 1 << 30));
+  };
+  const double at_ends = 2 * double(larger(axis.kernel / 2 / rows, 1));
+  return {of_tile(larger(length / 2 - rows / 2, 0)), of_tile(0), double(tiles), at_ends < double(tiles) ? at_ends : double(tiles)};
 }
 
 // Sizes of a box that cut a range evenly: the next smaller one.
@@ -37,14 +53,14 @@ inline int smaller_size(int range, int size) {
 
 // The best column box for ranges of `seen` tokens: the fewest boxes, since each costs the same however many of its `most` slots
 // are in use; of those the one with the fewest slots, for its copies.
-inline double choose_columns(const int* seen, int most, int* columns) {
-  const auto boxes_of = [](int range, int size) { return (range + size - 1) / size; };
+inline double choose_columns(const Seen* seen, int most, int* columns) {
   double best = -1;
-  for (int x = seen[0] < most ? seen[0] : most; x >= 1; x = smaller_size(seen[0], x)) {
-    for (int y = seen[1] < most / x ? seen[1] : most / x; y >= 1; y = smaller_size(seen[1], y)) {
-      const int left = most / (x * y), z = boxes_of(seen[2], boxes_of(seen[2], seen[2] < left ? seen[2] : left));
-      const double boxes = double(boxes_of(seen[0], x)) * boxes_of(seen[1], y) * boxes_of(seen[2], z);
-      const double cost = boxes * (most + 0.01 * x * y * z);
+  const auto fitting = [](int range, int left) { return range < left ? range : left; };
+  for (int x = fitting(seen[0].middle, most); x >= 1; x = smaller_size(seen[0].middle, x)) {
+    for (int y = fitting(seen[1].middle, most / x); y >= 1; y = smaller_size(seen[1].middle, y)) {
+      int z = fitting(seen[2].middle, most / (x * y));
+      z = (seen[2].middle + (seen[2].middle + z - 1) / z - 1) / ((seen[2].middle + z - 1) / z);  // as many boxes, cut evenly
+      const double cost = seen[0].boxes(x) * seen[1].boxes(y) * seen[2].boxes(z) * (most + 0.01 * x * y * z);
       if (best < 0 || cost < best) best = cost, columns[0] = x, columns[1] = y, columns[2] = z;
     }
   }
@@ -59,15 +75,13 @@ inline Plan make_plan(const Problem& p, bool key_rows, int most) {
   for (int x = kRows; x >= 1; x /= 2)
     for (int y = kRows / x; y >= 1; y /= 2) {
       Plan plan{{x, y, kRows / (x * y)}, {}, {}};
-      int seen[kAxes];
-      double tiles = 1;
+      Seen seen[kAxes];
       for (int a = 0; a < kAxes; ++a) {
         const int64_t length = ceil_div(shape[a], p.axis[a].dilation);  // tokens of this tensor in one group, at most
         plan.tiles[a] = int(ceil_div(length, plan.rows[a]));
-        seen[a] = int(smaller(seen_together(p, a, key_rows, smaller(plan.rows[a], length)), 1 << 30));
-        tiles *= double(plan.tiles[a]);
+        seen[a] = seen_together(p, a, key_rows, smaller(plan.rows[a], length), plan.tiles[a]);
       }
-      const double cost = tiles * choose_columns(seen, most, plan.columns);
+      const double cost = choose_columns(seen, most, plan.columns);
       if (least < 0 || cost < least) least = cost, best = plan;
     }
   return best;
