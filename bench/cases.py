@@ -108,5 +108,7 @@ GPU_CASES = (
     Case("long_line", (32768,), 24, 128, (2048,), **_ON_GPU),
     Case("image_31", (128, 128), 24, 128, (31, 31), **_ON_GPU),
     _square("headline_64", batch=64, **_ON_GPU),
+    Case("image_dilated", (256, 256), 24, 128, (13, 13), dilation=4, **_ON_GPU),
+    Case("volume_5", (16, 32, 32), 24, 128, (5, 5, 5), **_ON_GPU),
 )
 SUITES = {"cpu": CASES, "smoke": CASES[:1] + CASES[8:9], "gpu": GPU_CASES}

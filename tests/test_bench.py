@@ -60,6 +60,8 @@ def test_the_gpu_suite_says_what_it_needs():
     command = [sys.executable, "-m", "bench.run", "--suite", "gpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "needs a CUDA device" in done.stderr
+    done = subprocess.run([sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "needs a CUDA device" in done.stderr
 
 
 @pytest.mark.parametrize("case", cases.GPU_CASES, ids=lambda case: case.name)
@@ -82,4 +84,4 @@ def test_the_samples_of_large_cases_are_those_of_the_whole(case):
 def test_contenders_of_gpus_are_right_on_cpu():
     """FlexAttention with our masks, row-major and in tiles; compiled for the CPU, whose inputs need no gradients."""
     case = dataclasses.replace(cases.CASES[0], spatial=(24, 40))
-    contenders.check(case, case.inputs(), contenders.on_gpu(case, peers=True))
+    contenders.check(case, case.inputs(), contenders.on_gpu(case, case.inputs(), peers=True))

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels on a CUDA device: the numbers of the emulated ones, streams, graphs, devices, memory.
+
+Skipped where there is none; `python -m bench.gpu` runs it before it measures anything.
+"""
+
+import pytest
+import torch
+from dense import errors_of_torch, worst
+from halves import av, finite, halved, make, qk
+from halves import in_double as halves_in_double
+from hypothesis import given, settings
+from samples import DTYPES, EMPTY, NAMED, Problem, differentiable, expected, in_double, problems, run, with_tensors
+from test_cuda_mma import FULL, HALVES, fitting, fitting_problems
+
+import natten_ops
+from natten_ops import backends, reference
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and natten_ops._library.has_cuda_kernels),
+    reason="needs a CUDA device and libnatten_ops_cuda.so",
+)
+FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # two ulps at 1
+GENERAL, MMA = (backends.by_name(name).id for name in ("cuda-general", "cuda-mma"))
+
+
+def compare(problem, dtype, backend=0):
+    """Outputs and gradients on the device within twice the error of torch's own op on the CPU in the same dtype."""
+    inputs = problem.make(dtype)
+    on_device = inputs._replace(**{n: t.cuda() for n, t in inputs._asdict().items() if t is not None})
+    want, want_lse = expected(inputs, problem)
+    grad_out = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    torch_out, torch_grads = 0.0, [0.0] * len(differentiable(inputs))
+    if want.numel():
+        torch_out, torch_grads = errors_of_torch(inputs, problem, grad_out)
+    leaves = [t.detach().requires_grad_() for t in differentiable(on_device)]
+    out, lse = run(with_tensors(on_device, leaves), problem, backend)
+    floor = FLOOR[dtype]
+    assert worst(out.cpu(), want) <= 2 * torch_out + floor * max(1.0, want.abs().max().item() if want.numel() else 0)
+    torch.testing.assert_close(lse.cpu().double(), want_lse, atol=max(1e-5, floor * 10), rtol=1e-5)
+    exact = reference.backward(
+        grad_out.double(), torch.zeros_like(want_lse), in_double(inputs), *problem.geometry(), problem.scale
+    )
+    for gradient, truth, error in zip(
+        torch.autograd.grad(out, leaves, grad_out.cuda()), differentiable(exact), torch_grads
+    ):
+        scale = max(1.0, truth.abs().max().item() if truth.numel() else 0)
+        assert worst(gradient.cpu(), truth) <= 2 * error + 2 * floor * scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", {**NAMED, **EMPTY})
+def test_named_problems(name, dtype):
+    compare({**NAMED, **EMPTY}[name], dtype, GENERAL)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", {**NAMED, **FULL})
+def test_named_problems_on_tensor_cores(name, dtype):
+    for head_dim in (16, 64, 128):
+        compare(fitting({**NAMED, **FULL}[name], head_dim=head_dim), dtype, MMA)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(problem=problems())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_problem(dtype, problem):
+    compare(problem, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@given(problem=fitting_problems())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_problem_on_tensor_cores(dtype, problem):
+    compare(problem, dtype, MMA)
+
+
+@pytest.mark.parametrize("name", {**NAMED, **EMPTY})
+def test_halves(name):
+    problem = halved({**NAMED, **EMPTY}[name])
+    tensors = make(problem, torch.float32)
+    on_device = type(tensors)(*(None if t is None else t.cuda() for t in tensors))
+    exact = halves_in_double(tensors)
+    for half in (qk, av):
+        want = half(exact, problem, reference)
+        assert worst(finite(half(on_device, problem)).cpu(), finite(want)) <= 2e-5 * max(
+            1.0, finite(want).abs().max().item() if want.numel() else 0
+        )
+
+
+def large(dtype=torch.bfloat16):
+    return torch.randn(3, 2, 40, 40, 4, 64, device="cuda", dtype=dtype).unbind(0)
+
+
+def test_the_same_bits_in_every_run():
+    leaves = [t.clone().requires_grad_() for t in large()]
+    grad = torch.randn_like(leaves[0])
+    runs = [torch.autograd.grad(natten_ops.na2d(*leaves, kernel_size=13), leaves, grad) for _ in range(3)]
+    assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(again, runs[0]))
+
+
+def test_a_graph_replays_forward_and_backward():
+    query, key, value = (t.clone().requires_grad_() for t in large())
+    grad = torch.randn_like(query)
+
+    def step():
+        return torch.autograd.grad(natten_ops.na2d(query, key, value, kernel_size=7), (query, key, value), grad)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        query.copy_(torch.randn_like(query))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step()))
+
+
+def test_kernels_run_on_the_current_stream():
+    """A stream that is busy for long delays them: the default stream would not."""
+    query, key, value = large()
+    want = natten_ops.na2d(query, key, value, kernel_size=7)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(int(1e8))
+        later = query * 1
+        out = natten_ops.na2d(later, key, value, kernel_size=7)
+    stream.synchronize()
+    assert torch.equal(out, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_device_of_the_tensors_counts_not_the_current_one():
+    query, key, value = (t.to("cuda:1") for t in large())
+    assert torch.cuda.current_device() == 0
+    out = natten_ops.na2d(query, key, value, kernel_size=7)
+    assert out.device.index == 1
+    assert torch.equal(out.cpu(), natten_ops.na2d(*(t.to("cuda:0") for t in (query, key, value)), kernel_size=7).cpu())
+
+
+def test_out_of_memory_is_torchs_error():
+    free, _ = torch.cuda.mem_get_info()
+    line = torch.empty(1, 1, 1, 8, device="cuda", dtype=torch.float16)
+    huge = line.expand(1, free // 8, 1, 8)  # its output takes twice what is free
+    with pytest.raises(torch.OutOfMemoryError):
+        natten_ops.na1d(huge, huge, huge, kernel_size=1)
+
+
+def test_offsets_beyond_32_bits():
+    """Rows that begin more than 2^31 numbers into their tensor."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 24 << 30:
+        pytest.skip("needs 24 GiB of device memory")
+    packed = torch.randn(1, 1 << 16, 3, 1, 1 << 14, device="cuda", dtype=torch.float16)[..., :64]
+    query, key, value = packed.unbind(2)
+    out = natten_ops.na1d(query, key, value, kernel_size=5)
+    tail = [t[:, -64:].contiguous() for t in (query, key, value)]
+    torch.testing.assert_close(out[:, -32:], natten_ops.na1d(*tail, kernel_size=5)[:, -32:])
+
+
+def test_mixed_devices_are_refused():
+    query, key, value = large()
+    with pytest.raises(ValueError, match="device"):
+        natten_ops.na2d(query, key.cpu(), value, kernel_size=7)
+
+
+def test_big_windows_against_problem_of_parts():
+    """A window of thousands of keys: many boxes, nearly all of them without a mask."""
+    problem = Problem((64, 64), (49, 40), batch=1, heads=1, head_dim=64)
+    compare(problem, torch.bfloat16, MMA)
