@@ -7,7 +7,7 @@
 namespace natten {
 
 // Backend ids, the same as in natten_ops/backends.py (tests/test_backends.py compares them).
-enum Backend : int64_t { kChoose = 0, kCpuGeneral = 1, kCpuTiled = 2, kCudaGeneral = 3, kCudaMma = 4 };
+enum Backend : int64_t { kChoose = 0, kCpuGeneral = 1, kCpuTiled = 2, kCudaGeneral = 3, kCudaMma = 4, kCudaMmaTf32 = 5 };
 
 // What attends to what, one entry an axis.
 struct Windows {

@@ -24,8 +24,8 @@ struct Span {
 
 namespace {  // internal linkage: an object compiled for a wide ISA must not export inline symbols
 
-NATTEN_HOST_DEVICE inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-NATTEN_HOST_DEVICE inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+NATTEN_HOST_DEVICE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+NATTEN_HOST_DEVICE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 NATTEN_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a >= 0
 
 NATTEN_HOST_DEVICE inline int64_t group_length(const Axis& axis, int64_t group) {

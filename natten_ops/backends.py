@@ -66,6 +66,7 @@ class Backend(NamedTuple):
     in_cuda_library: bool = False
     dims: tuple[int, int] | None = None  # head dims are multiples of the first, at most the second
     capability: int = 0  # of the device, times ten, at least
+    named_only: bool = False  # never the choice of the kernels themselves
 
     def why_not(self, problem: Problem) -> list[str]:
         """Every reason why this backend cannot run the problem; empty if it can."""
@@ -159,6 +160,22 @@ BACKENDS = (
         capability=80,
     ),
     Backend(
+        name="cuda-mma-tf32",
+        id=5,
+        devices=("cuda",),
+        dtypes=(torch.float32,),
+        backward=True,
+        deterministic=True,
+        compiles="as an extern call",
+        verified_on="no GPU yet; x86-64 under emulation",
+        note="as cuda-mma, products of ten bits, head dims up to 128; when named, or where torch allows tf32 in products",
+        positive_scale=True,
+        in_cuda_library=True,
+        dims=(8, 128),
+        capability=80,
+        named_only=True,
+    ),
+    Backend(
         name="cuda-general",
         id=3,
         devices=("cuda",),
@@ -237,6 +254,24 @@ def _is_aligned(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 1 and not any(n % 16 for n in [tensor.data_ptr(), *offsets])
 
 
+# Dynamo cannot trace the flag; a graph keeps what held when it was made.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _torch_allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def number_for_tf32(
+    inputs: Sequence[Tensor | None], params: NAParams, box: Box | None = None, scale: float | None = None
+) -> int:
+    """The id of `cuda-mma-tf32` where torch's flag allows its precision and it takes the problem; else 0, choose."""
+    query = inputs[0]
+    assert query is not None
+    if query.device.type != "cuda" or query.dtype != torch.float32 or not _torch_allows_tf32():
+        return 0
+    backend = by_name("cuda-mma-tf32")
+    return 0 if backend.why_not(describe(inputs, params, box, scale)) else backend.id or 0
+
+
 NAMES = tuple(backend.name for backend in BACKENDS)
 
 
@@ -251,7 +286,7 @@ def by_name(name: str) -> Backend:
 def choose(problem: Problem) -> Backend:
     """The first backend that is a kernel and has no reason against the problem; raises with every reason if none."""
     for backend in BACKENDS:
-        if backend.id is not None and not backend.why_not(problem):
+        if backend.id is not None and not backend.named_only and not backend.why_not(problem):
             return backend
     raise ValueError(_no_backend(problem))
 

@@ -19,8 +19,8 @@ template <class System> struct Gpu {
   using Guard = typename System::Guard;
 
   static void check_backend(int64_t backend) {
-    STD_TORCH_CHECK(backend == kChoose || backend == kCudaGeneral || backend == kCudaMma, "natten: backend=", backend,
-                    " cannot run on CUDA tensors; use 0 (choose), 3 (cuda-general) or 4 (cuda-mma)");
+    STD_TORCH_CHECK(backend == kChoose || (backend >= kCudaGeneral && backend <= kCudaMmaTf32), "natten: backend=", backend,
+                    " cannot run on CUDA tensors; use 0 (choose), 3 (cuda-general), 4 (cuda-mma) or 5 (cuda-mma-tf32)");
   }
 
   static void forward(const Problem& p, const Tensor& query, int64_t backend) {
@@ -43,11 +43,14 @@ template <class System> struct Gpu {
   }
 
  private:
+  // Float32 goes to tensor cores, as tf32, only where that backend is named.
   static bool takes_tiles(const Problem& p, Dtype dtype, bool backward, int64_t backend) {
-    if (backend == kCudaGeneral) return false;
-    const char* reason = tiles::why_not(p, dtype, backward, current_device());
-    STD_TORCH_CHECK(!reason || backend != kCudaMma, "natten: backend=4 (cuda-mma) cannot run this problem: it ", reason ? reason : "",
-                    "; use 0 (choose) or 3 (cuda-general)");
+    if (backend == kCudaGeneral || (backend == kChoose && dtype == Dtype::float32)) return false;
+    const bool named = backend != kChoose, as_tf32 = backend == kCudaMmaTf32;
+    const char* reason = named && as_tf32 != (dtype == Dtype::float32) ? (as_tf32 ? "takes float32" : "takes float16 and bfloat16")
+                                                                       : tiles::why_not(p, dtype, backward, current_device());
+    STD_TORCH_CHECK(!reason || !named, "natten: backend=", backend, as_tf32 ? " (cuda-mma-tf32)" : " (cuda-mma)",
+                    " cannot run this problem: it ", reason ? reason : "", "; use 0 (choose) or 3 (cuda-general)");
     return !reason;
   }
 

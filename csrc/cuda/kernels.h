@@ -26,7 +26,8 @@ const char* unfused(const Problem& problem, Dtype dtype, Stream stream);
 int64_t partial_size(const Problem& problem);
 }  // namespace general
 
-// Tensor cores (mma.sync, sm_80 and up): float16 and bfloat16, head dims that are multiples of 8 up to 256.
+// Tensor cores (mma.sync, sm_80 and up): float16 and bfloat16, head dims that are multiples of 8 up to 256; float32, whose
+// products are tf32, up to 128.
 namespace tiles {
 // Why it cannot run the problem, or null.
 const char* why_not(const Problem& problem, Dtype dtype, bool backward, const DeviceFacts& device);

@@ -90,6 +90,15 @@ template <> PTX void mma_m16n8k16<f16>(float (&d)[4], const uint32_t (&a)[4], ui
 template <> PTX void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { MMA("bf16"); }
 #undef MMA
 
+// tf32: float32 with ten bits behind the point, rounded to nearest. The operands of m16n8k8 are a0 (row lane / 4, number
+// lane % 4), a1 (row + 8), a2 (number + 4), a3 (both); b0 (number lane % 4, column lane / 4), b1 (number + 4).
+PTX uint32_t to_tf32(float x) { uint32_t y; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x)); return y; }
+PTX void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+PTX float as_float(uint32_t bits) { return __uint_as_float(bits); }
+
 // ---- cp.async: 16 bytes, or 16 zero bytes when not valid
 PTX void cp_async_16(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0) : "memory");

@@ -293,6 +293,7 @@ def _backend_number(
         if not compiling and _log.isEnabledFor(logging.DEBUG):  # a logger's call would break the graph
             chosen = backends.choose(backends.describe(inputs, params, box, scale))
             _log.debug("%s runs %s", chosen.name, problem)
+        return backends.number_for_tf32(inputs, params, box, scale)
     return 0
 
 

@@ -16,24 +16,26 @@ namespace natten::cuda::tiles {
 namespace {
 
 // What a pass of a head dim takes: columns of a box, numbers of a row that a block sums, boxes in memory.
-template <int kDim_, Pass kPass_, bool kExtras_> struct Shape {
+template <class T, int kDim_, Pass kPass_, bool kExtras_> struct Shape {
   static constexpr int kDim = kDim_;
   static constexpr Pass kPass = kPass_;
   static constexpr bool kExtras = kExtras_;  // a bias table, a key mask or additional tokens
   static constexpr bool kKeyRows = kPass == Pass::kKeyGradient, kBackward = kPass != Pass::kForward;
-  static constexpr int kColumns = kDim > 128 || (kBackward && kDim > 64) ? 32 : 64;
-  static constexpr int kOut = kDim <= 128 || !kBackward ? kDim : kKeyRows ? 64 : 128;  // more spills registers
-  static constexpr int kStages = kDim > 128 ? 1 : 2;
-  static constexpr int kRowBytes = Operand<kDim>::bytes(kRows), kBoxBytes = Operand<kDim>::bytes(kColumns);
+  static constexpr int kRowBytes = Operand<T, kDim>::kRowBytes;
+  static constexpr int kColumns = kRowBytes > 256 || (kBackward && kRowBytes > 128) ? 32 : 64;
+  static constexpr int kOut = !kBackward || kRowBytes <= 256 ? kDim : kKeyRows ? 64 : 128;  // more spills registers
+  static constexpr int kStages = kRowBytes > 256 ? 1 : 2;
+  static constexpr int kRowsBytes = kRowBytes * kRows, kBoxBytes = kRowBytes * kColumns;
   static constexpr int kScalars = 8 * kColumns;  // two numbers a column
   static constexpr int kStageBytes = 2 * kBoxBytes + kScalars;
-  static constexpr int kBytes = (kBackward ? 2 : 1) * kRowBytes + kStages * kStageBytes + table_bytes(kColumns);
+  static constexpr int kBytes = (kBackward ? 2 : 1) * kRowsBytes + kStages * kStageBytes + table_bytes(kColumns);
 };
 
 template <class T, class S> struct Block {
   static constexpr int kDim = S::kDim, kColumns = S::kColumns, kOut = S::kOut;
   static constexpr bool kKeyRows = S::kKeyRows, kBackward = S::kBackward, kExtras = S::kExtras;
-  using Element = Operand<kDim>;
+  using Element = Operand<T, kDim>;
+  static constexpr int kOfChunk = Element::kOfChunk;
 
   const TileWork& work;
   const Problem& p;
@@ -44,7 +46,7 @@ template <class T, class S> struct Block {
 
   DEVICE Block(const TileWork& w, int64_t item)
       : work(w), p(w.p), first_out(int(item % (kDim / kOut)) * kOut), row_operands(ptx::shared_base()),
-        stages(row_operands + (kBackward ? 2 : 1) * S::kRowBytes), tables(stages + S::kStages * S::kStageBytes, kColumns),
+        stages(row_operands + (kBackward ? 2 : 1) * S::kRowsBytes), tables(stages + S::kStages * S::kStageBytes, kColumns),
         tile(w, item / (kDim / kOut), tables) {}
 
   // ---- options; constants in kernels without them
@@ -124,19 +126,19 @@ template <class T, class S> struct Block {
     constexpr int kChunks = Element::kChunks, kStep = kThreads / kChunks;  // rows that all threads copy at once
     static_assert(kSlots % kStep == 0, "every thread copies as many");
     const int chunk = ptx::thread_index() % kChunks, first = ptx::thread_index() / kChunks;
-    const bool inside = chunk * 8 < dims;
+    const bool inside = chunk * kOfChunk < dims;
 #pragma unroll(kBackward && kDim > 64 ? 1 : 2)
     for (int i = 0; i < kSlots / kStep; ++i) {  // more of them at a time take registers that the sums need
       const int slot = first + i * kStep;
       int64_t at = 0;
       const bool there = find(slot, &at) && inside;
-      ptx::cp_async_16(to + Element::at(slot, chunk), from + (there ? at + chunk * 8 : 0), there);
+      ptx::cp_async_16(to + Element::at(slot, chunk), from + (there ? at + chunk * kOfChunk : 0), there);
     }
   }
   DEVICE void copy_rows() const {
 #pragma unroll
     for (int i = 0; i < (kBackward ? 2 : 1); ++i)
-      copy<kRows>(row_operands + i * S::kRowBytes, head_of<const T>(row_operand(i), tile.head), i ? p.value_dim : p.head_dim, [&](int slot, int64_t* at) {
+      copy<kRows>(row_operands + i * S::kRowsBytes, head_of<const T>(row_operand(i), tile.head), i ? p.value_dim : p.head_dim, [&](int slot, int64_t* at) {
         int64_t token[kAxes];
         *at = ptx::load_shared<int64_t>(tables.row_offset(i, slot));
         return row_token(ptx::load_shared<uint32_t>(tables.row_word + 4 * slot), token) && !(kKeyRows && is_masked(token));
@@ -285,18 +287,23 @@ template <class T, class S> struct Block {
 #pragma unroll
     for (int n = 0; n < kOut / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        ptx::store_shared(row_operands + Element::at(row_slot(i), n) + lane % 4 * 4, ptx::pack<T>(sums[n][2 * i] * factor[i], sums[n][2 * i + 1] * factor[i]));
+      for (int i = 0; i < 2; ++i) {
+        const float low = sums[n][2 * i] * factor[i], high = sums[n][2 * i + 1] * factor[i];
+        const uint32_t to = row_operands + Element::at_number(row_slot(i), n * 8 + lane % 4 * 2);
+        if constexpr (sizeof(T) == 2) ptx::store_shared(to, ptx::pack<T>(low, high));
+        else ptx::store_shared(to, low), ptx::store_shared(to + 4, high);
+      }
     }
     ptx::sync_warp();
-    for (int i = lane; i < kWarpRows * (kOut / 8); i += 32) {
-      const int slot = warp * kWarpRows + i / (kOut / 8), chunk = i % (kOut / 8);
+    constexpr int kChunks = kOut / kOfChunk;
+    for (int i = lane; i < kWarpRows * kChunks; i += 32) {
+      const int slot = warp * kWarpRows + i / kChunks, chunk = i % kChunks, number = first_out + chunk * kOfChunk;
       int64_t token[kAxes];
-      if (!row_token(ptx::load_shared<uint32_t>(tables.row_word + 4 * slot), token) || first_out + chunk * 8 >= dims) continue;
+      if (!row_token(ptx::load_shared<uint32_t>(tables.row_word + 4 * slot), token) || number >= dims) continue;
       ptx::Sixteen<uint32_t> numbers;
 #pragma unroll
       for (int word = 0; word < 4; ++word) numbers.value[word] = ptx::load_shared<uint32_t>(row_operands + Element::at(slot, chunk) + 4 * word);
-      T* to = head_of<T>(rows, tile.head) + offset(rows, token) + first_out + chunk * 8;
+      T* to = head_of<T>(rows, tile.head) + offset(rows, token) + number;
       ptx::store_global(reinterpret_cast<ptx::Sixteen<uint32_t>*>(to), numbers);
     }
   }
@@ -331,7 +338,7 @@ template <class T, class S> struct Block {
 
 // ---- passes -------------------------------------------------------------------------------------------------------------------------
 template <class T, int kDim, bool kExtras> struct Forward {
-  using S = Shape<kDim, Pass::kForward, kExtras>;
+  using S = Shape<T, kDim, Pass::kForward, kExtras>;
   float out[S::kOut / 8][4] = {}, largest[2] = {-ptx::infinity(), -ptx::infinity()}, total[2] = {};
 
   DEVICE void visit(const Block<T, S>& block, const Box& box, uint32_t stage) {
@@ -380,7 +387,7 @@ template <class T, int kDim, bool kExtras> struct Forward {
 };
 
 template <class T, int kDim, bool kExtras> struct QueryGradient {
-  using S = Shape<kDim, Pass::kQueryGradient, kExtras>;
+  using S = Shape<T, kDim, Pass::kQueryGradient, kExtras>;
   float sums[S::kOut / 8][4] = {}, lse[2] = {}, delta[2] = {};
 
   DEVICE void begin(const Block<T, S>& block) {
@@ -396,7 +403,7 @@ template <class T, int kDim, bool kExtras> struct QueryGradient {
     float s[S::kColumns / 8][4], slopes[S::kColumns / 8][4];
     multiply<T, kDim, S::kColumns>(s, block.row_operands, stage);
     const float scale = block.to_logits(s, box, stage + 2 * S::kBoxBytes);
-    multiply<T, kDim, S::kColumns>(slopes, block.row_operands + S::kRowBytes, stage + S::kBoxBytes);
+    multiply<T, kDim, S::kColumns>(slopes, block.row_operands + S::kRowsBytes, stage + S::kBoxBytes);
 #pragma unroll
     for (int n = 0; n < S::kColumns / 8; ++n) {
 #pragma unroll
@@ -411,7 +418,7 @@ template <class T, int kDim, bool kExtras> struct QueryGradient {
 };
 
 template <class T, int kDim, bool kExtras> struct KeyGradient {
-  using S = Shape<kDim, Pass::kKeyGradient, kExtras>;
+  using S = Shape<T, kDim, Pass::kKeyGradient, kExtras>;
   float keys[S::kOut / 8][4] = {}, values[S::kOut / 8][4] = {};
   bool masked[2] = {};
 
@@ -438,7 +445,7 @@ template <class T, int kDim, bool kExtras> struct KeyGradient {
       }
     }
     add_product<T, kDim, S::kOut, S::kColumns>(values, s, stage + S::kBoxBytes, block.first_out);
-    multiply<T, kDim, S::kColumns>(slopes, block.row_operands + S::kRowBytes, stage + S::kBoxBytes);
+    multiply<T, kDim, S::kColumns>(slopes, block.row_operands + S::kRowsBytes, stage + S::kBoxBytes);
 #pragma unroll
     for (int n = 0; n < S::kColumns / 8; ++n) {
 #pragma unroll

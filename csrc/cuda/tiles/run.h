@@ -23,14 +23,21 @@ template <template <class, int, bool> class Sums, class T, bool kExtras> const c
   if (dim <= 16) return run_pass<T, Sums<T, 16, kExtras>>(p, stream);
   if (dim <= 32) return run_pass<T, Sums<T, 32, kExtras>>(p, stream);
   if (dim <= 64) return run_pass<T, Sums<T, 64, kExtras>>(p, stream);
-  if (dim <= 128) return run_pass<T, Sums<T, 128, kExtras>>(p, stream);
-  return run_pass<T, Sums<T, 256, kExtras>>(p, stream);
+  if constexpr (sizeof(T) == 2) {
+    if (dim > 128) return run_pass<T, Sums<T, 256, kExtras>>(p, stream);
+  }
+  return run_pass<T, Sums<T, 128, kExtras>>(p, stream);
+}
+
+template <template <class, int, bool> class Sums, class T> const char* run_extras(const Problem& p, Stream stream) {
+  const bool extras = p.rpb.data || p.key_mask.data || p.additional;
+  return extras ? run_dim<Sums, T, true>(p, stream) : run_dim<Sums, T, false>(p, stream);
 }
 
 template <template <class, int, bool> class Sums> const char* run_sums(const Problem& p, Dtype dtype, Stream stream) {
-  const bool half = dtype == Dtype::float16, extras = p.rpb.data || p.key_mask.data || p.additional;
-  if (extras) return half ? run_dim<Sums, ptx::f16, true>(p, stream) : run_dim<Sums, ptx::bf16, true>(p, stream);
-  return half ? run_dim<Sums, ptx::f16, false>(p, stream) : run_dim<Sums, ptx::bf16, false>(p, stream);
+  if (dtype == Dtype::float16) return run_extras<Sums, ptx::f16>(p, stream);
+  if (dtype == Dtype::bfloat16) return run_extras<Sums, ptx::bf16>(p, stream);
+  return run_extras<Sums, float>(p, stream);
 }
 
 }  // namespace
