@@ -215,7 +215,7 @@ class Runs:
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
-        what = "TF32 products (none do)" if dtype is None else f"{str(dtype).removeprefix('torch.')} tensors"
+        what = "TF32 products" if dtype is None else f"{str(dtype).removeprefix('torch.')} tensors"
         self.__doc__ = (
             f"Whether the kernels of natten_ops take {what} on a device: the index of a CUDA device, any torch.device, "
             f"or None for the CUDA device if there are CUDA kernels and for the CPU else, where the answer is that of "
@@ -227,8 +227,10 @@ class Runs:
             device = "cuda" if has_cuda(place) else "cpu"
         else:
             device = "cuda" if isinstance(device_index, int) else torch.device(device_index).type
-        if self.dtype is None or (device == "cuda" and not has_cuda(place)):
+        if device == "cuda" and not has_cuda(place):
             return False
+        if self.dtype is None:
+            return not backends.by_name("cuda-mma-tf32").why_not(backends.Problem(device, torch.float32))
         problem = backends.Problem(device, self.dtype)
         return any(b.id is not None and not b.why_not(problem) for b in backends.BACKENDS)
 

@@ -73,7 +73,7 @@ def _problem(
     params: NAParams, shape: Sequence[int], dtype: torch.dtype, device: torch.device, whole: bool
 ) -> backends.Problem:
     if device.type != "cpu":  # the device need not be present
-        return backends.Problem(device.type, dtype)
+        return backends.Problem(device.type, dtype, dims=(shape[-1], shape[-1]))
     tensor = torch.empty((), dtype=dtype, device="cpu").expand(*shape)
     return backends.describe([tensor, tensor, tensor, None, None, None, None], params, None, None, whole)
 
@@ -101,7 +101,7 @@ def _backend_lines(problem: backends.Problem, whole: backends.Problem) -> list[s
         reasons = backend.why_not(problem)
         if reasons:
             text = "cannot: " + "; ".join(reasons)
-        elif backend.id is None:
+        elif backend.id is None or backend.named_only:
             text = f'also able, but only when named: backend="{backend.name}"'
         else:
             text = f"also able, but later in the list ({backend.note})"
