@@ -118,6 +118,28 @@ template <class T> inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4
   });
 }
 
+inline float as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+inline uint32_t to_tf32(float x) { uint32_t b; memcpy(&b, &x, 4); return std::isnan(x) ? 0x7FFFE000 : (b + 0x1000) & ~0x1FFFu; }
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, WHERE) {
+  struct { float* d; const uint32_t* a; uint32_t b[2]; } args{d, a, {b0, b1}};
+  using Args = decltype(args);
+  meet_warp("mma", line, &args, [=](void** slot) {
+    float A[16][8], B[8][8];
+    bool rounded = true;
+    for (int i = 0; i < 32; i++) {
+      Args& s = *(Args*)slot[i];
+      for (int j = 0; j < 4; j++) A[i / 4 + 8 * (j & 1)][i % 4 + 4 * (j >> 1)] = as_float(s.a[j]), rounded &= !(s.a[j] & 0x1FFF);
+      for (int j = 0; j < 2; j++) B[i % 4 + 4 * j][i / 4] = as_float(s.b[j]), rounded &= !(s.b[j] & 0x1FFF);
+    }
+    if (!rounded) report(line, "operand of a tf32 product was not rounded");
+    for (int i = 0; i < 32; i++) for (int j = 0; j < 4; j++) {
+      float sum = 0; int row = i / 4 + 8 * (j >> 1), column = i % 4 * 2 + (j & 1);
+      for (int k = 0; k < 8; k++) sum += A[row][k] * B[k][column];
+      ((Args*)slot[i])->d[j] += sum;
+    }
+  });
+}
+
 // ---- cp.async: lands at the wait, at once, or in between
 inline void cp_async_16(uint32_t to, const void* from, bool valid, WHERE) {
   uint8_t* d = shared_at(to, 16, 16, line); int t = block->self->thread, agent = kCopy * kMaxWarps + block->self->warp;
