@@ -7,6 +7,8 @@ import pytest
 import torch
 from dense import errors_of_torch, worst
 from samples import NAMED, expected, run
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import natten_ops
 from natten_ops import backends
@@ -75,3 +77,38 @@ def test_the_table_in_the_readme_is_made_from_the_records():
     assert backends.table() in README.read_text(), (
         "run: python -c 'from natten_ops import backends; print(backends.table())'"
     )
+
+
+class Backends(TorchDispatchMode):
+    """The backend ids that the primitive is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.natten.neighborhood_attention_lse.default:
+            self.seen.append((kwargs or {}).get("backend", 0))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_torchs_flag_for_products_chooses_tf32(precision, monkeypatch, request):
+    """The composites and the functions heed it where that backend takes the tensors; the primitive does as it is told."""
+    monkeypatch.setattr(backends._library, "has_cuda_kernels", True)
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    request.addfinalizer(lambda: setattr(matmul, "fp32_precision", before))
+    matmul.fp32_precision = precision
+    with FakeTensorMode(), Backends() as mode:
+        for dtype, head_dim in ((torch.float32, 64), (torch.float32, 12), (torch.float16, 64)):
+            tokens = torch.empty(1, 8, 8, 2, head_dim, device="cuda", dtype=dtype)
+            torch.ops.natten.na2d(tokens, tokens, tokens, [3, 3])
+    tf32 = backends.by_name("cuda-mma-tf32").id
+    assert mode.seen == [tf32 if precision == "tf32" else 0, 0, 0]
+
+
+def test_a_graph_holds_the_flag_for_products():
+    def number(tokens):
+        return tokens + (5 if backends._torch_allows_tf32() else 0)
+
+    assert torch.compile(number, fullgraph=True, backend="eager")(torch.zeros(())) == 0

@@ -368,3 +368,22 @@ def test_a_named_backend_never_falls_back():
         text,
         """ValueError: backend='cpu-general' cannot run float32 tensors on meta: it runs on cpu tensors, not on meta""",
     )
+
+
+def test_running_out_of_memory_is_torchs_own_error():
+    """Whatever class the library's allocation failed with; other errors stay what they are."""
+    from natten_ops.functional.fused import _telling_of_memory
+
+    def failing(error):
+        def call():
+            raise error
+
+        return call
+
+    for error in (RuntimeError("CUDA out of memory. Tried to allocate"), torch.OutOfMemoryError("CUDA out of memory")):
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            _telling_of_memory(failing(error))
+    with pytest.raises(RuntimeError, match="refused") as caught:
+        _telling_of_memory(failing(RuntimeError("CUDA refused a kernel")))
+    assert not isinstance(caught.value, torch.OutOfMemoryError)
+    assert _telling_of_memory(lambda: 3) == 3

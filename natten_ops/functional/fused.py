@@ -7,8 +7,9 @@ from here that names the argument, its value, the bound and the way out.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -254,9 +255,22 @@ def _attend(
         more["rpb"] = inputs.rpb
     if inputs.key_mask is not None:
         more["key_mask"] = inputs.key_mask
-    recording = autocasts or torch.compiler.is_compiling() or records_derivatives(inputs)
-    out, lse = (direct if recording else past_autograd)(forward_op, *core, **more)
+    compiling = torch.compiler.is_compiling()
+    call = direct if autocasts or compiling or records_derivatives(inputs) else past_autograd
+    if inputs.query.is_cuda and not compiling:
+        call = functools.partial(_telling_of_memory, call)
+    out, lse = call(forward_op, *core, **more)
     return (out, lse) if return_lse else out
+
+
+def _telling_of_memory(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Below torch 2.13 the library's allocations fail with a plain RuntimeError; handlers look for torch's own class."""
+    try:
+        return call(*args, **kwargs)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 _OF_NATTEN = {
@@ -291,8 +305,13 @@ def _backend_number(
     if here:
         backends.choose(problem)
         if not compiling and _log.isEnabledFor(logging.DEBUG):  # a logger's call would break the graph
-            chosen = backends.choose(backends.describe(inputs, params, box, scale))
-            _log.debug("%s runs %s", chosen.name, problem)
+            described = backends.describe(inputs, params, box, scale)
+            chosen = backends.choose(described)
+            first = backends.BACKENDS.index(chosen)  # what would have come before it
+            lacks = [
+                f"; {b.name} {'; '.join(b.why_not(described))}" for b in backends.BACKENDS[:first] if b.id is not None
+            ]
+            _log.debug("%s runs %s%s", chosen.name, problem, "".join(lacks))
         return backends.number_for_tf32(inputs, params, box, scale)
     return 0
 
