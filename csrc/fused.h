@@ -3,6 +3,7 @@
 // A Device has
 //   Guard                                            made of the query: what must be current while memory is asked for
 //   check_backend(backend)                           raises unless it knows the id
+//   gradient(tensor)                                 that tensor, or a copy that its kernels would rather read
 //   forward(problem, query, backend)                 with out and lse
 //   backward(problem, lse, gradients, rank, backend) with those gradients that are wanted
 #pragma once
@@ -80,6 +81,7 @@ template <class Device> Six fused_backward(
   const int64_t rank = a.rank();
   p.out = rows_of(out, true, rank, true, true);
   p.lse = rows_of(lse, true, rank, true, false);
+  if (grad_out) grad_out = Device::gradient(*grad_out);
   if (grad_out) p.grad_out = rows_of(*grad_out, true, rank, true, true);
   if (grad_lse) p.grad_lse = rows_of(*grad_lse, true, rank, true, false);
   Device::backward(p, lse, g, rank, backend);

@@ -67,15 +67,23 @@ def _load_cpu() -> str:
     return path
 
 
-def _load_cuda() -> str | None:
-    path = _find(CUDA_LIBRARY) if torch.version.cuda is not None else None
-    if path is not None and path not in torch.ops.loaded_libraries:
-        torch.ops.load_library(path)
-    return path
+def _load_cuda() -> tuple[str | None, str]:
+    """The path of the library if it is loaded, or why not. A broken one must not take the CPU kernels down."""
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is a build without CUDA"
+    path = _find(CUDA_LIBRARY)
+    if path is None:
+        return None, "natten_ops was built where CMake found no nvcc, or no CUDA build of torch"
+    try:
+        if path not in torch.ops.loaded_libraries:
+            torch.ops.load_library(path)
+    except OSError as error:
+        return None, f"{path} cannot be loaded: {error}"
+    return path, ""
 
 
 _cpu_path = _load_cpu()
-_cuda_path = _load_cuda()
+_cuda_path, _why_no_cuda = _load_cuda()
 has_cuda_kernels = _cuda_path is not None
 
 
@@ -83,12 +91,8 @@ def why_no_cuda_kernels() -> str:
     """How this process came to have no CUDA kernels, and how to get them; empty if it has them."""
     if has_cuda_kernels:
         return ""
-    if torch.version.cuda is None:
-        made = f"torch {torch.__version__} is a build without CUDA"
-    else:
-        made = "natten_ops was built where CMake found no nvcc, or no CUDA build of torch"
     return (
-        f"{CUDA_LIBRARY} is not loaded: {made}; with a CUDA build of torch and nvcc 12 or newer, run "
+        f"{CUDA_LIBRARY} is not loaded: {_why_no_cuda}; with a CUDA build of torch and nvcc 12 or newer, run "
         f"`pip install --no-build-isolation .` in the source folder"
     )
 

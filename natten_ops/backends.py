@@ -16,6 +16,9 @@ from torch import Tensor
 from natten_ops import _library
 from natten_ops.geometry.params import Box, NAParams
 
+PREFER_TF32 = (
+    -5
+)  # what the kernels are told where torch's flag allows tf32: `cuda-mma-tf32` if it takes the problem, else choose
 ALL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -99,6 +102,8 @@ class Backend(NamedTuple):
             reasons.append(f"takes head dims that are multiples of {step}, {step} to {most}, not {problem.dims}")
         if self.dims is not None and not problem.aligned:
             reasons.append("takes rows that begin at multiples of 16 bytes and lie densely: call contiguous()")
+        if self.dims is not None and 0 < problem.scale < 2**-126:
+            reasons.append(f"takes scales that are positive as float32, not {problem.scale}")
         if problem.capability < self.capability:
             reasons.append(
                 f"takes devices of compute capability {self.capability / 10} and up, not {problem.capability / 10}"
@@ -186,6 +191,7 @@ BACKENDS = (
         verified_on="no GPU yet; x86-64 under emulation",
         note="every option, any head dim, any strides, any window; a warp a query, no tensor cores",
         in_cuda_library=True,
+        capability=75,
     ),
     Backend(
         name="reference",
@@ -240,18 +246,18 @@ def describe(
         "additional": inputs[3] is not None,
         "sub_box": box is not None,
         "dims": dims,
-        "aligned": all(t is None or _is_aligned(t) for t in inputs[:5]),
+        "aligned": query.device.type != "cuda" or all(t is None or _is_aligned(t) for t in inputs[:5]),
         "capability": capability,
     }
     return Problem(query.device.type, query.dtype, 1.0 if scale is None else scale, min(dims), tile_bytes, **facts)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """Whether sixteen bytes at a time may be read of every row."""
-    if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.device.type == "meta":
-        return tensor.stride(-1) == 1
-    offsets = [step * tensor.element_size() for step in tensor.stride()[:-1]]
-    return tensor.stride(-1) == 1 and not any(n % 16 for n in [tensor.data_ptr(), *offsets])
+    """Whether sixteen bytes at a time may be read of every row; memory itself begins at more than that."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # how the tensors below lie is not to be seen from here
+        return True
+    offsets = [step * tensor.element_size() for step in (tensor.storage_offset(), *tensor.stride()[:-1])]
+    return tensor.stride(-1) == 1 and not any(n % 16 for n in offsets)
 
 
 # Dynamo cannot trace the flag; a graph keeps what held when it was made.
@@ -260,16 +266,10 @@ def _torch_allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def number_for_tf32(
-    inputs: Sequence[Tensor | None], params: NAParams, box: Box | None = None, scale: float | None = None
-) -> int:
-    """The id of `cuda-mma-tf32` where torch's flag allows its precision and it takes the problem; else 0, choose."""
-    query = inputs[0]
-    assert query is not None
-    if query.device.type != "cuda" or query.dtype != torch.float32 or not _torch_allows_tf32():
-        return 0
-    backend = by_name("cuda-mma-tf32")
-    return 0 if backend.why_not(describe(inputs, params, box, scale)) else backend.id or 0
+def number_for_tf32(query: Tensor) -> int:
+    """`PREFER_TF32` for tensors whose products torch's flag allows to be tf32; else 0, choose."""
+    on_cuda = query.device.type == "cuda" and query.dtype == torch.float32
+    return PREFER_TF32 if on_cuda and _torch_allows_tf32() else 0
 
 
 NAMES = tuple(backend.name for backend in BACKENDS)
@@ -321,7 +321,7 @@ def check_unfused(tensor: Tensor) -> None:
 def check_id(number: int) -> None:
     """Raise ValueError unless 0 or the id of a backend."""
     ids = {backend.id: backend.name for backend in BACKENDS if backend.id is not None}
-    if number != 0 and number not in ids:
+    if number not in (0, PREFER_TF32) and number not in ids:
         raise ValueError(f"backend={number} is unknown; use 0 (choose) or one of {ids}")
 
 

@@ -103,8 +103,8 @@ def test_torchs_flag_for_products_chooses_tf32(precision, monkeypatch, request):
         for dtype, head_dim in ((torch.float32, 64), (torch.float32, 12), (torch.float16, 64)):
             tokens = torch.empty(1, 8, 8, 2, head_dim, device="cuda", dtype=dtype)
             torch.ops.natten.na2d(tokens, tokens, tokens, [3, 3])
-    tf32 = backends.by_name("cuda-mma-tf32").id
-    assert mode.seen == [tf32 if precision == "tf32" else 0, 0, 0]
+    number = backends.PREFER_TF32 if precision == "tf32" else 0
+    assert mode.seen == [number, number, 0]
 
 
 def test_a_graph_holds_the_flag_for_products():

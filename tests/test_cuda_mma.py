@@ -183,3 +183,69 @@ def test_tiles_waste_no_more_than_the_best_of_64_queries(axes):
         visited *= boxes_of_axis(*axis, of_rows, of_columns) * of_columns
         pairs *= axis[0] * axis[1]
     assert math.prod(columns) <= 64 and round(visited / pairs, 2) <= WASTE[axes]
+
+
+# ---- what the kernels are given ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cuda-mma", "cuda-mma-tf32"])
+def test_gradients_come_as_they_come(backend):
+    """Expanded after a sum, strided after a permutation, or of the log-sum-exp alone."""
+    number, dtype = backends.by_name(backend).id, torch.float16 if backend == "cuda-mma" else torch.float32
+    problem = Problem((9, 7), (3, 5), head_dim=16)
+    inputs = problem.make(dtype)
+    out, lse = outputs = emulated.forward(inputs, problem, number)
+    for grad in (torch.ones((), dtype=dtype).expand(out.shape), torch.randn_like(out).mT.contiguous().mT):
+        have = emulated.backward((grad, None), outputs, inputs, problem, backend=number)
+        want = emulated.backward((grad.contiguous(), None), outputs, inputs, problem, backend=number)
+        assert all(torch.equal(a, b) for a, b in zip(have, want))
+    grad_lse = torch.randn_like(lse)
+    have = emulated.backward((None, grad_lse), outputs, inputs, problem, backend=number)
+    want = emulated.backward((None, grad_lse), outputs, inputs, problem, backend=backends.by_name("cuda-general").id)
+    assert all(torch.equal(a, b) for a, b in zip(have, want))
+
+
+def test_tf32_is_preferred_where_it_fits():
+    for head_dim, chosen in ((16, "cuda-mma-tf32"), (12, "cuda-general")):
+        problem = Problem((9, 7), (3, 5), head_dim=head_dim)
+        inputs = problem.make(torch.float32)
+        have = emulated.forward(inputs, problem, backends.PREFER_TF32)
+        want = emulated.forward(inputs, problem, backends.by_name(chosen).id)
+        assert all(torch.equal(a, b) for a, b in zip(have, want))
+
+
+HUGE = 2**31
+EXTREME = {
+    "ends of huge grids": Problem((HUGE - 2000,), (100,), box=((HUGE - 2090,), (90,)), batch=1, heads=1, head_dim=8),
+    "few of many dilation groups": Problem(
+        (2**30, 2**30), (1, 1), dilation=(2**29, 2**28), box=((2**29 + 5, 7), (3, 20)), batch=1, heads=1, head_dim=8
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXTREME)
+def test_extreme_grids(name):
+    problem = EXTREME[name]
+    inputs = problem.make(torch.float16)
+    general = backends.by_name("cuda-general").id
+    mma, plain = (emulated.forward(inputs, problem, number) for number in (MMA, general))
+    torch.testing.assert_close(mma[0], plain[0], atol=2e-3, rtol=0)
+    torch.testing.assert_close(mma[1], plain[1], atol=1e-4, rtol=0)
+
+
+def test_what_32_bits_do_not_hold_is_refused():
+    line = Problem((6,), (3,), batch=1, heads=1, head_dim=8)
+    inputs = line.make(torch.float16)
+    many = torch.zeros(1, 1, 1, 8, dtype=torch.float16).expand(1, HUGE + 1, 1, 8)
+    cases = {
+        "takes fewer than 2.31 tokens": (
+            dataclasses.replace(line, spatial=(HUGE - 2,), box=((HUGE - 8,), (6,))), inputs._replace(
+                key=torch.zeros(1, 7, 1, 8, dtype=torch.float16), value=torch.zeros(1, 7, 1, 8, dtype=torch.float16)
+            ),
+        ),
+        "takes fewer than 2.31 additional": (line, inputs._replace(additional_keys=many, additional_values=many)),
+        "takes scales that are positive": (dataclasses.replace(line, scale=1e-50), inputs),
+    }  # fmt: skip
+    for reason, (problem, tensors) in cases.items():
+        with pytest.raises(RuntimeError, match=reason):
+            emulated.forward(tensors, problem, MMA)

@@ -13,6 +13,7 @@ DeviceFacts current_device() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaGetLastError();  // what failed left zeros, which no tensor-core kernel takes; the next launch must not report it
   return {10 * major + minor, bytes};
 }
 #endif

@@ -11,7 +11,7 @@
 namespace natten::cuda {
 
 inline void require(const char* error, const Problem& p) {
-  STD_TORCH_CHECK(!error, "natten: CUDA refused a kernel for ", p.batch, " x ", p.q_shape[0], " x ", p.q_shape[1], " x ", p.q_shape[2],
+  STD_TORCH_CHECK(!error, "natten: CUDA reports an error at a kernel for ", p.batch, " x ", p.q_shape[0], " x ", p.q_shape[1], " x ", p.q_shape[2],
                   " queries, ", p.heads, " heads of ", p.head_dim, " and ", p.value_dim, ": ", error ? error : "");
 }
 
@@ -19,8 +19,17 @@ template <class System> struct Gpu {
   using Guard = typename System::Guard;
 
   static void check_backend(int64_t backend) {
-    STD_TORCH_CHECK(backend == kChoose || (backend >= kCudaGeneral && backend <= kCudaMmaTf32), "natten: backend=", backend,
-                    " cannot run on CUDA tensors; use 0 (choose), 3 (cuda-general), 4 (cuda-mma) or 5 (cuda-mma-tf32)");
+    STD_TORCH_CHECK(backend == kChoose || backend == kPreferTf32 || (backend >= kCudaGeneral && backend <= kCudaMmaTf32), "natten: backend=",
+                    backend, " cannot run on CUDA tensors; use 0 (choose), 3 (cuda-general), 4 (cuda-mma) or 5 (cuda-mma-tf32)");
+  }
+
+  // Gradients come as they come: expanded after a sum, transposed after a permutation. Tensor cores read whole pieces of 16 bytes.
+  static Tensor gradient(const Tensor& tensor) {
+    bool fits = tensor.stride(-1) == 1 && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+    for (int64_t axis = 0; axis + 1 < tensor.dim(); ++axis) fits = fits && tensor.stride(axis) * int64_t(tensor.element_size()) % 16 == 0;
+    if (fits) return tensor;
+    Tensor copy = torch::stable::new_empty(tensor, sizes_of(tensor));
+    return torch::stable::copy_(copy, tensor);
   }
 
   static void forward(const Problem& p, const Tensor& query, int64_t backend) {
@@ -43,12 +52,14 @@ template <class System> struct Gpu {
   }
 
  private:
-  // Float32 goes to tensor cores, as tf32, only where that backend is named.
+  // Float32 goes to tensor cores, as tf32, only where that backend is named or preferred. The gradient of the log-sum-exp alone has
+  // no product of two matrices: it is the general path's, whatever was named.
   static bool takes_tiles(const Problem& p, Dtype dtype, bool backward, int64_t backend) {
-    if (backend == kCudaGeneral || (backend == kChoose && dtype == Dtype::float32)) return false;
-    const bool named = backend != kChoose, as_tf32 = backend == kCudaMmaTf32;
-    const char* reason = named && as_tf32 != (dtype == Dtype::float32) ? (as_tf32 ? "takes float32" : "takes float16 and bfloat16")
-                                                                       : tiles::why_not(p, dtype, backward, current_device());
+    const bool wide = dtype == Dtype::float32, as_tf32 = backend == kCudaMmaTf32 || backend == kPreferTf32;
+    const bool named = backend == kCudaMma || backend == kCudaMmaTf32;
+    if (backend == kCudaGeneral || (wide && backend == kChoose) || (backward && !p.grad_out.data)) return false;
+    const char* reason = named && as_tf32 != wide ? (as_tf32 ? "takes float32" : "takes float16 and bfloat16")
+                                                  : tiles::why_not(p, dtype, backward, current_device());
     STD_TORCH_CHECK(!reason || !named, "natten: backend=", backend, as_tf32 ? " (cuda-mma-tf32)" : " (cuda-mma)",
                     " cannot run this problem: it ", reason ? reason : "", "; use 0 (choose) or 3 (cuda-general)");
     return !reason;

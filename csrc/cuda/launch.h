@@ -37,7 +37,10 @@ const char* start(Kernel kernel, int64_t blocks, int threads, int shared, const 
   constexpr int kFree = 48 << 10;  // more must be asked for
   if (shared > kFree) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would report it
+      return cudaGetErrorString(error);
+    }
   }
   kernel<<<unsigned(blocks), unsigned(threads), size_t(shared), static_cast<cudaStream_t>(stream)>>>(given);
   const cudaError_t error = cudaGetLastError();

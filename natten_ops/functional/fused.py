@@ -312,7 +312,7 @@ def _backend_number(
                 f"; {b.name} {'; '.join(b.why_not(described))}" for b in backends.BACKENDS[:first] if b.id is not None
             ]
             _log.debug("%s runs %s%s", chosen.name, problem, "".join(lacks))
-        return backends.number_for_tf32(inputs, params, box, scale)
+        return backends.number_for_tf32(inputs.query)
     return 0
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from natten_ops import backends, flops, reference
-from natten_ops.geometry.params import make_params
 from natten_ops.ops._batching import fold, sample_by_sample, unfold
 from natten_ops.ops._register import (
     LIBRARY,
@@ -78,28 +77,14 @@ def _composite(rank: int) -> Callable[..., Tensor]:
                 f"kernel_size={full[0]} with a query of {query.dim()} dims; na{rank}d takes {rank} entries or one, "
                 f"and {rank + 3} dims: [batch, {rank} axes, heads, head dim]"
             )
-        if query.is_cuda and query.dtype == torch.float32:
-            keywords["backend"] = _number_for_tf32(query, key, value, full, *extras, **keywords)
+        if number := backends.number_for_tf32(
+            query
+        ):  # the composites heed torch's flag, the primitive does as it is told
+            keywords["backend"] = number
         out: Tensor = forward_op(query, key, value, *full, *extras, **keywords)[0]
         return out
 
     return attend
-
-
-def _number_for_tf32(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lists: list[Any],
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    rpb: Tensor | None = None,
-    key_mask: Tensor | None = None,
-) -> int:
-    """The composites heed torch's flag for products of float32 tensors on CUDA; the primitive does what it is told."""
-    inputs = Inputs(query, key, value, additional_keys, additional_values, rpb, key_mask)
-    return backends.number_for_tf32(inputs, make_params(query.dim() - 3, *lists), None, scale)
 
 
 for rank in (1, 2, 3):

@@ -9,6 +9,9 @@
 //
 // S = scale * first . first^T + bias, in base 2; P = 2^(S - lse); dS = P * (second . second^T - delta). A score is written for
 // (row, column), so the key gradient's are the transposes of the formulas' names.
+//
+// A weight of 0 times NaN is NaN: a NaN in a key, value or gradient may spread to all rows of the tiles that meet it, not only to
+// those that see it. What a key mask hides is never read.
 #pragma once
 #include "tile.h"
 
@@ -267,6 +270,7 @@ template <class T, class S> struct Block {
         }
       }
     }
+    ptx::sync_warp();  // lanes took different ways; the products that follow need them together
   }
   DEVICE void hide_masked(float (&s)[kColumns / 8][4], uint32_t scalars) const {
 #pragma unroll
@@ -323,13 +327,13 @@ template <class T, class S> struct Block {
     copy_rows();
     if (S::kStages == 2) fetch(0);
     for (int i = 0; i < total; ++i) {
-      if (S::kStages == 2) box = next;
-      fetch(i + S::kStages - 1);
-      if (S::kStages == 1) box = next;
-      ptx::cp_async_wait<S::kStages - 1>();
-      ptx::sync_threads();  // everybody's copies of this box have landed
+      if (S::kStages == 1) fetch(i);
+      ptx::cp_async_wait<0>();
+      ptx::sync_threads();  // everybody's copies of this box have landed, and everybody is done with the box before
+      box = next;
+      if (S::kStages == 2) fetch(i + 1);
       visit(box, stages + i % S::kStages * S::kStageBytes);
-      ptx::sync_threads();  // the next copies overwrite it
+      if (S::kStages == 1) ptx::sync_threads();  // the next copies overwrite it
     }
     ptx::cp_async_wait<0>();
     ptx::sync_threads();

@@ -2,6 +2,8 @@
 // Tensor-core path, forward; and which problems the path takes.
 #include "run.h"
 
+#include <cmath>
+
 namespace natten::cuda::tiles {
 namespace {
 
@@ -20,24 +22,24 @@ template <class T> int64_t bytes_of(int64_t dim) {
 const char* why_not(const Problem& p, Dtype dtype, bool backward, const DeviceFacts& device) {
   if (device.capability < 80) return "takes devices of compute capability 8.0 and up";
   if (dtype == Dtype::float64) return "takes float16, bfloat16 and (as tf32) float32";
-  if (!(p.scale > 0)) return "takes positive scales: the softmax orders scores before it scales them";
+  if (!(float(p.scale) > 0 && float(p.scale) < HUGE_VALF)) return "takes scales that are positive as float32: the softmax orders scores first";
   const int64_t dim = larger(p.head_dim, p.value_dim);
   const bool wide = dtype == Dtype::float32;
   if (p.head_dim % 8 || p.value_dim % 8 || p.value_dim == 0) return "takes head dims that are multiples of 8";
   if (dim > (wide ? 128 : 256)) return "takes head dims up to 256, of float32 up to 128";
   if (!(wide ? loads_wide<float> : loads_wide<ptx::f16>)({&p.query, &p.key, &p.value, &p.additional_keys, &p.additional_values, &p.out}))
     return "takes rows that begin at multiples of 16 bytes and lie densely";
-  if (backward && !p.grad_out.data) return "takes gradients of the output, not of the log-sum-exp alone";
   if (backward && !(wide ? loads_wide<float> : loads_wide<ptx::f16>)({&p.grad_out, &p.grad_query, &p.grad_key, &p.grad_value}))
     return "takes gradients whose rows begin at multiples of 16 bytes and lie densely";
   constexpr int64_t kLimit = (int64_t(1) << 31) - 1;  // positions, places in a bias table and boxes are counted in 32 bits
   if (p.batch > kLimit || p.heads > kLimit) return "takes fewer than 2^31 samples and heads";
   int64_t seen = 1;
   for (int a = 0; a < kAxes; ++a) {
-    if (p.axis[a].length >= kLimit) return "takes fewer than 2^31 tokens on an axis";
+    if (p.axis[a].length >= kLimit - 1024) return "takes fewer than 2^31 tokens on an axis";  // a box may reach beyond the end
     seen *= smaller(p.axis[a].kernel, kLimit);
     if (seen >= kLimit / 64) return "takes windows of fewer than 2^25 tokens";
   }
+  if (p.additional >= kLimit - 1024) return "takes fewer than 2^31 additional tokens";
   if (p.rpb.data && table_size(p) >= kLimit) return "takes bias tables of fewer than 2^31 entries a head";
   const int64_t bytes = wide ? bytes_of<float>(dim) : bytes_of<ptx::f16>(dim);
   return device.shared_bytes < bytes ? "takes more shared memory than a block of this device has" : nullptr;

@@ -17,6 +17,7 @@ struct Plan {
   int rows[kAxes];     // shape of a row tile, powers of two, kRows together
   int columns[kAxes];  // shape of a column box
   int tiles[kAxes];    // row tiles of a dilation group on each axis
+  int groups[kAxes];   // dilation groups that have rows; the first is that of the first row
 };
 
 namespace {
@@ -74,10 +75,11 @@ inline Plan make_plan(const Problem& p, bool key_rows, int most) {
   const int64_t* shape = key_rows ? p.kv_shape : p.q_shape;
   for (int x = kRows; x >= 1; x /= 2)
     for (int y = kRows / x; y >= 1; y /= 2) {
-      Plan plan{{x, y, kRows / (x * y)}, {}, {}};
+      Plan plan{{x, y, kRows / (x * y)}, {}, {}, {}};
       Seen seen[kAxes];
       for (int a = 0; a < kAxes; ++a) {
         const int64_t length = ceil_div(shape[a], p.axis[a].dilation);  // tokens of this tensor in one group, at most
+        plan.groups[a] = int(smaller(p.axis[a].dilation, shape[a]));
         plan.tiles[a] = int(ceil_div(length, plan.rows[a]));
         seen[a] = seen_together(p, a, key_rows, smaller(plan.rows[a], length), plan.tiles[a]);
       }

@@ -11,7 +11,7 @@ template <class T, class Sums> const char* run_pass(const Problem& p, Stream str
   using S = typename Sums::S;
   TileWork work{p, make_plan(p, S::kKeyRows, S::kColumns), 0, float(p.scale) * kLog2e};
   int64_t blocks = p.batch * (S::kKeyRows ? p.heads_kv : p.heads) * (S::kDim / S::kOut);
-  for (int a = 0; a < kAxes; ++a) blocks *= p.axis[a].dilation * work.plan.tiles[a];
+  for (int a = 0; a < kAxes; ++a) blocks *= int64_t(work.plan.groups[a]) * work.plan.tiles[a];
   for (; work.first < blocks; work.first += kMaxBlocks)
     if (const char* error = start(attend<T, Sums>, smaller(blocks - work.first, kMaxBlocks), kThreads, S::kBytes, work, stream)) return error;
   return nullptr;

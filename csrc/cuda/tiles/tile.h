@@ -79,15 +79,15 @@ template <bool kKeyRows> struct Tile {
     const Problem& p = work.p;
     const int64_t heads = kKeyRows ? p.heads_kv : p.heads;
     int64_t tiles = 1, groups = 1;
-    for (int a = 0; a < kAxes; ++a) tiles *= work.plan.tiles[a], groups *= p.axis[a].dilation;
+    for (int a = 0; a < kAxes; ++a) tiles *= work.plan.tiles[a], groups *= work.plan.groups[a];
     head = int(item / (tiles * groups) % heads), b = int(item / (tiles * groups) / heads);
     if (ptx::thread_index() != 0) return;
     int64_t tile = item % tiles, group = item / tiles % groups;
     int spans = 0;
     for (int a = kAxes - 1; a >= 0; --a) {
       const int64_t origin = row_origin(p)[a], dilation = p.axis[a].dilation;
-      const int g = int(group % dilation), base = position_from(origin, g, dilation) + int(tile % work.plan.tiles[a]) * work.plan.rows[a];
-      group /= dilation, tile /= work.plan.tiles[a];
+      const int g = int((origin + group % work.plan.groups[a]) % dilation), base = position_from(origin, g, dilation) + int(tile % work.plan.tiles[a]) * work.plan.rows[a];
+      group /= work.plan.groups[a], tile /= work.plan.tiles[a];
       tables.set_fact(kGroup, a, g);
       tables.set_fact(kBase, a, base);
       tables.set_fact(kCount, a, int(smaller(position_from(origin + row_shape(p)[a], g, dilation) - base, work.plan.rows[a])));
