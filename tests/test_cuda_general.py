@@ -31,7 +31,7 @@ def test_named_problems(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=problems())
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_problem(dtype, problem):
     compare(problem, dtype)
 
@@ -166,7 +166,7 @@ def test_named_halves(name, dtype, monkeypatch):
 
 
 @given(problem=problems())
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 def test_any_halves(problem):
     with pytest.MonkeyPatch.context() as monkeypatch:
         compare_halves(dataclasses.replace(problem, batch=1), torch.float32, monkeypatch)

@@ -41,7 +41,7 @@ def fitting_problems(draw):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @given(problem=fitting_problems())
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_problem(dtype, problem):
     emulated.compare(problem, dtype, MMA)
 
@@ -60,7 +60,7 @@ def test_named_problems_in_tf32(name):
 
 
 @given(problem=fitting_problems())
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 def test_any_problem_in_tf32(problem):
     emulated.compare(problem, torch.float32, TF32)
 
