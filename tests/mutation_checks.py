@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a mutation of the general CUDA path must fail: a fixed, quick set of checks against the reference.
+"""What a mutation of a CUDA path must fail: fixed, quick sets of checks against the reference.
 
-`python tests/mutation_checks.py LIBRARY` runs them on a library of emulated ops; its exit status is 0 if all hold, and
-FAILED if one does not.
+`python tests/mutation_checks.py LIBRARY PATH` runs those of a path (general or tiles) on a library of emulated ops; its
+exit status is 0 if all hold, and FAILED if one does not.
 """
 
 import ctypes
@@ -23,8 +23,9 @@ from natten_ops import backends, reference
 from natten_ops.reference import Inputs
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3}
+OF_TF32 = 4e-3
 FAILED = 3  # unlike the status of a script that could not run
-GENERAL = backends.by_name("cuda-general").id
+GENERAL, MMA, TF32 = (backends.by_name(name).id for name in ("cuda-general", "cuda-mma", "cuda-mma-tf32"))
 
 
 class AllKeys(Problem):
@@ -80,18 +81,20 @@ def check_fused(
     problem: Problem,
     exact: Inputs | None = None,
     grads: tuple[Tensor | None, Tensor | None] | None = None,
+    backend: int = GENERAL,
 ) -> None:
     """Outputs and all gradients; `exact` has the inputs for the reference if they are not the same."""
-    tolerance = TOLERANCE[inputs.query.dtype]
+    tolerance = OF_TF32 if backend == TF32 else TOLERANCE[inputs.query.dtype]
+    of_lse = TOLERANCE[torch.float32] if backend == MMA else tolerance
     exact = inputs_in_double(inputs) if exact is None else exact
-    saved = emulated.forward(inputs, problem, GENERAL)
-    for name, have, want in zip(("out", "lse"), saved, expected(exact, problem)):
-        assert_near(have, want, tolerance, name)
+    saved = emulated.forward(inputs, problem, backend)
+    for name, have, want, near in zip(("out", "lse"), saved, expected(exact, problem), (tolerance, of_lse)):
+        assert_near(have, want, near, name)
     if grads is None:
         grads = draw(saved[0].shape, saved[0].dtype), draw(saved[1].shape, saved[1].dtype)
     doubles = [None if grad is None else grad.double() for grad in grads]
     wanted = reference.backward(*doubles, exact, *problem.geometry(), problem.scale)
-    for name, have in zip(GRADIENTS, emulated.backward(grads, saved, inputs, problem, backend=GENERAL)):
+    for name, have in zip(GRADIENTS, emulated.backward(grads, saved, inputs, problem, backend=backend)):
         want = getattr(wanted, name)
         if want is not None:
             assert_near(have, want, tolerance, f"gradient of {name}")
@@ -256,7 +259,7 @@ def check_wide_table() -> None:
     check_fused(inputs._replace(rpb=problem.make(torch.float32).rpb), problem)
 
 
-CHECKS = {
+OF_GENERAL = {
     **{f"fused {name}": functools.partial(check_problem, problem) for name, problem in PROBLEMS.items()},
     **{f"halves {name}": functools.partial(check_halves, PROBLEMS[name]) for name in IN_HALVES},
     "float64": functools.partial(check_problem, NAMED["everything"], torch.float64),
@@ -275,12 +278,52 @@ CHECKS = {
 }
 
 
+# ---- tensor cores ------------------------------------------------------------------------------------------------------
+# Row tiles of 64 tokens, boxes of 64 or 32: several of each, at borders, in part, and boxes that need no mask.
+TILES = {
+    "everything": Problem(
+        (6, 8), (3, 3), dilation=(2, 1), is_causal=(False, True), heads=4, group=2, head_dim=8, value_dim=24, scale=0.3,
+        rpb=True, mask=True, additional=3,
+    ),
+    "groups": Problem((13, 11), (3, 4), stride=(2, 1), dilation=(3, 2), heads=4, group=2, head_dim=24, value_dim=8),
+    "square": Problem((25, 25), (16, 16), batch=1, heads=1, head_dim=16),
+    "volume": Problem((6, 9, 10), (4, 5, 6), is_causal=(True, False, False), batch=1, heads=1),
+    "line": Problem((150,), (90,), is_causal=(True,), batch=1, heads=2, head_dim=24),
+    "additional": Problem((20,), (3,), heads=2, group=2, additional=150),
+    "box": Problem((24, 20), (9, 7), dilation=(2, 1), box=((5, 3), (11, 9)), rpb=True, mask=True, heads=1),
+    "plain_box": Problem((26, 31), (7, 8), stride=(3, 1), dilation=(2, 3), box=((5, 6), (13, 19)), heads=1),
+    "biased": Problem((14, 13), (9, 8), rpb=True, is_causal=(False, True), batch=1),
+    "masked": Problem((14, 13), (9, 8), mask=True, heads=2, group=2),
+    "dead_rows": Problem((6, 5), (2, 1), mask=True),
+    "of_128": Problem((9, 10), (4, 5), batch=1, heads=1, head_dim=128, value_dim=72),
+    "of_256": Problem((70,), (40,), batch=1, heads=1, head_dim=72, value_dim=256, additional=1),
+}  # fmt: skip
+IN_TF32 = ("everything", "groups", "of_128")
+
+
+def check_tiles(problem: Problem, backend: int = MMA) -> None:
+    """NaN in masked tokens, where there are some, reaches nothing."""
+    inputs = problem.make(torch.float32 if backend == TF32 else torch.float16)
+    poisoned = inputs
+    if inputs.key_mask is not None:
+        hidden = ~inputs.key_mask[..., None, None]
+        poisoned = inputs._replace(key=poison(inputs.key, hidden), value=poison(inputs.value, hidden))
+    check_fused(poisoned, problem, exact=inputs_in_double(inputs), backend=backend)
+
+
+OF_TILES = {
+    **{f"tiles {name}": functools.partial(check_tiles, problem) for name, problem in TILES.items()},
+    **{f"tf32 {name}": functools.partial(check_tiles, TILES[name], TF32) for name in IN_TF32},
+}
+CHECKS = {"general": OF_GENERAL, "tiles": OF_TILES}
+
+
 def main() -> None:
     torch.ops.load_library(sys.argv[1])
     library = ctypes.CDLL(sys.argv[1])
     emulated.library = lambda: library
     torch.use_deterministic_algorithms(True)  # new tensors are full of NaN: what a kernel leaves out shows
-    for name, check in CHECKS.items():
+    for name, check in CHECKS[sys.argv[2]].items():
         try:
             check()
         except Exception as error:

@@ -5,6 +5,7 @@
 words, or all; its exit status is 0 if every one is caught. test_mutations.py runs the same.
 """
 
+import functools
 import re
 import shutil
 import signal
@@ -72,8 +73,8 @@ def texts_of(source: Path, root: Path) -> bytes:
     return text
 
 
-def why_general(root: Path) -> str | None:
-    """Why the checks of the general path fail on the sources below `root`; None if they hold."""
+def why_path(path: str, root: Path) -> str | None:
+    """Why the checks of a CUDA path fail on the sources below `root`; None if they hold."""
     sources = [root / source.relative_to(ROOT) for source in emulated.SOURCES]
     built, compile_one = Path(emulated.library()._name).parent, emulated.compile_one
 
@@ -85,7 +86,7 @@ def why_general(root: Path) -> str | None:
     flags = [*emulated.FLAGS, "-w"]  # what a mistake leaves unused is no reason to stop
     with mock.patch.multiple(emulated, ROOT=root, SOURCES=sources, FLAGS=flags, compile_one=reuse_or_compile):
         library = emulated.build(root / "build")
-    command = [sys.executable, str(ROOT / "tests/mutation_checks.py"), str(library)]
+    command = [sys.executable, str(ROOT / "tests/mutation_checks.py"), str(library), path]
     return why(command, (mutation_checks.FAILED,))
 
 
@@ -112,7 +113,10 @@ def why(command: list[str], failures: Container[int]) -> str | None:
 
 
 # The checks that a line of the list may name: folder of the sources -> why they fail, or None.
-CHECKS: dict[str, Callable[[Path], str | None]] = {"general": why_general, "sm90": why_sm90}
+CHECKS: dict[str, Callable[[Path], str | None]] = {
+    **{path: functools.partial(why_path, path) for path in mutation_checks.CHECKS},
+    "sm90": why_sm90,
+}
 
 
 def what_catches(mutation: Mutation, folder: Path) -> str | None:

@@ -99,9 +99,12 @@ PTX void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
 }
 PTX float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
-// ---- cp.async: 16 bytes, or 16 zero bytes when not valid
+// ---- cp.async: 16 or 4 bytes, or as many zero bytes when not valid
 PTX void cp_async_16(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0) : "memory");
+}
+PTX void cp_async_4(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(valid ? 4 : 0) : "memory");
 }
 PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> PTX void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }

@@ -141,13 +141,15 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
 }
 
 // ---- cp.async: lands at the wait, at once, or in between
-inline void cp_async_16(uint32_t to, const void* from, bool valid, WHERE) {
-  uint8_t* d = shared_at(to, 16, 16, line); int t = block->self->thread, agent = kCopy * kMaxWarps + block->self->warp;
-  if (valid && !global_ok(from, 16, line)) valid = false;
-  on_write(to, 16, agent, block->copies[t].open_epoch(), line);
-  block->copies[t].group.back().push_back(start([=] { if (valid) memcpy(d, from, 16); else memset(d, 0, 16); }));
+template <int kBytes> inline void copy_async(uint32_t to, const void* from, bool valid, int line) {
+  uint8_t* d = shared_at(to, kBytes, kBytes, line); int t = block->self->thread, agent = kCopy * kMaxWarps + block->self->warp;
+  if (valid && !global_ok(from, kBytes, line)) valid = false;
+  on_write(to, kBytes, agent, block->copies[t].open_epoch(), line);
+  block->copies[t].group.back().push_back(start([=] { if (valid) memcpy(d, from, kBytes); else memset(d, 0, kBytes); }));
   maybe_yield();
 }
+inline void cp_async_16(uint32_t to, const void* from, bool valid, WHERE) { copy_async<16>(to, from, valid, line); }
+inline void cp_async_4(uint32_t to, const void* from, bool valid, WHERE) { copy_async<4>(to, from, valid, line); }
 inline void cp_async_commit() { block->copies[block->self->thread].group.emplace_back(); }
 template <int N> inline void cp_async_wait() {
   uint32_t& known = block->my_warp().clock.known[kCopy * kMaxWarps + block->self->warp];

@@ -185,15 +185,13 @@ template <class T, class S> struct Block {
     for (int slot = ptx::thread_index(); slot < kColumns; slot += kThreads) {
       int64_t token[kAxes];
       const bool there = column_token(box, ptx::load_shared<uint32_t>(tables.column_word + 4 * slot), token);
-      float first = 0.f, second = 0.f;
-      if (there && kKeyRows) {
-        first = kLog2e * ptx::load_global(head_of<const float>(p.row_lse, box.head) + offset(p.row_lse, token));
-        second = ptx::load_global(head_of<const float>(p.delta, box.head) + offset(p.delta, token));
-      } else if (there && is_masked(token)) {
-        first = -ptx::infinity();
+      if (kKeyRows) {
+        const int64_t at = there ? offset(p.row_lse, token) : 0;  // delta lies alike
+        ptx::cp_async_4(to + 8 * slot, head_of<const float>(p.row_lse, box.head) + at, there);
+        ptx::cp_async_4(to + 8 * slot + 4, head_of<const float>(p.delta, box.head) + at, there);
+      } else {
+        ptx::store_shared(to + 8 * slot, there && is_masked(token) ? -ptx::infinity() : 0.f);
       }
-      ptx::store_shared(to + 8 * slot, first);
-      ptx::store_shared(to + 8 * slot + 4, second);
     }
   }
 
@@ -443,7 +441,7 @@ template <class T, int kDim, bool kExtras> struct KeyGradient {
     for (int n = 0; n < S::kColumns / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float lse = ptx::load_shared<float>(scalars + 8 * block.column_slot(n, e));
+        const float lse = kLog2e * ptx::load_shared<float>(scalars + 8 * block.column_slot(n, e));
         s[n][e] = masked[0] ? 0.f : ptx::ex2(s[n][e] * scale - lse);
         s[n][2 + e] = masked[1] ? 0.f : ptx::ex2(s[n][2 + e] * scale - lse);
       }
