@@ -184,3 +184,23 @@ def test_the_front_takes_the_ids_of_cuda_kernels_only():
     for number in {1, 2, max(known) + 1, -1}:
         with pytest.raises(RuntimeError, match="cannot run on CUDA tensors"):
             emulated.forward(inputs, problem, backend=number)
+
+
+@pytest.mark.parametrize("backend", ["cuda-general", "cuda-mma"])
+def test_rows_more_than_32_bits_apart(backend):
+    """Offsets are 64-bit: tokens that lie 2^31 numbers from each other. Pages between them are never touched."""
+    step, problem = 2**31 + 64, Problem((3,), (2,), batch=1, heads=1, head_dim=8)
+    inputs = problem.make(torch.float16)
+    far = [
+        torch.empty(2 * step + 8, dtype=torch.float16).as_strided(t.shape, (8, step, 8, 1)).copy_(t) for t in inputs[:3]
+    ]
+    apart = inputs._replace(**dict(zip(inputs._fields, far)))
+    number = backends.by_name(backend).id
+    outputs = emulated.forward(inputs, problem, number)
+    grads = torch.ones_like(outputs[0]), None
+    results = [
+        *emulated.forward(apart, problem, number),
+        *emulated.backward(grads, outputs, apart, problem, backend=number)[:3],
+    ]
+    expect = [*outputs, *emulated.backward(grads, outputs, inputs, problem, backend=number)[:3]]
+    assert all(torch.equal(have, want) for have, want in zip(results, expect))
