@@ -74,7 +74,7 @@ template <class A> DEVICE A sum_of_lanes(A x) {
   for (int mask = 16; mask > 0; mask /= 2) x += ptx::shfl_xor(x, mask);
   return x;
 }
-// NaN loses, on either side: all lanes must come to one result, or they would part ways.
+// NaN loses, on either side: all lanes come to one result.
 template <class A> DEVICE A larger_of(A x, A y) { return x > y || y != y ? x : y; }
 template <class A> DEVICE A largest_of_lanes(A x) {
 #pragma unroll

@@ -122,9 +122,8 @@ template <class T, class S> struct Block {
   }
 
   // ---- copies -------------------------------------------------------------------------------------------------------------
-  // kSlots rows of `dims` numbers; find(slot, &at) says whether there is one, and where behind `from`. What
-  // is not there becomes zeros, masked keys too: whatever they hold, a weight of 0 makes 0 of it. A thread copies the same
-  // chunk of every row that is its own.
+  // kSlots rows of `dims` numbers; find(slot, &at) says whether there is one, and where behind `from`. What is not there becomes
+  // zeros, masked keys too: whatever they hold, a weight of 0 makes 0 of it. A thread copies one chunk of each of its rows.
   template <int kSlots, class Find> DEVICE void copy(uint32_t to, const T* from, int64_t dims, const Find& find) const {
     constexpr int kChunks = Element::kChunks, kStep = kThreads / kChunks;  // rows that all threads copy at once
     static_assert(kSlots % kStep == 0, "every thread copies as many");
@@ -320,7 +319,7 @@ template <class T, class S> struct Block {
     const auto fetch = [&](int index) {
       if (index > 0) next.template advance<kKeyRows, kExtras>(work, tables, kColumns, plain);
       if (index < total) copy_columns(stages + index % S::kStages * S::kStageBytes, next);
-      ptx::cp_async_commit();  // empty behind the last box: the count of groups stays regular
+      ptx::cp_async_commit();
     };
     copy_rows();
     if (S::kStages == 2) fetch(0);
