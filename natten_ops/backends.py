@@ -260,10 +260,13 @@ def _is_aligned(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 1 and not any(n % 16 for n in offsets)
 
 
-# Dynamo cannot trace the flag; a graph keeps what held when it was made.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _torch_allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# Dynamo cannot trace the flag: a graph keeps what held when it was made. This is torch.compiler.assume_constant_result, which would
+# import Dynamo for all who only run eager code.
+_torch_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def number_for_tf32(query: Tensor) -> int:
