@@ -177,11 +177,12 @@ def test_any_halves(problem):
 
 def test_the_front_takes_the_ids_of_cuda_kernels_only():
     problem = NAMED["line"]
-    inputs = problem.make(torch.float16)  # which all of them take
-    known = {b.id for b in backends.BACKENDS if b.id is not None and "cuda" in (b.devices or ())}
-    for number in [0, *sorted(known)]:
-        emulated.forward(inputs, problem, backend=number)
-    for number in {1, 2, max(known) + 1, -1}:
+    known = [b for b in backends.BACKENDS if b.id is not None and "cuda" in (b.devices or ())]
+    for backend in known:
+        for dtype in backend.dtypes:
+            emulated.forward(problem.make(dtype), problem, backend=backend.id)
+    inputs = problem.make(torch.float16)
+    for number in (1, 2, max(b.id for b in known) + 1, -1):
         with pytest.raises(RuntimeError, match="cannot run on CUDA tensors"):
             emulated.forward(inputs, problem, backend=number)
 

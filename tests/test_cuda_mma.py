@@ -133,7 +133,9 @@ def test_a_problem_that_does_not_fit_is_refused_by_name_and_taken_by_choice():
             emulated.forward(inputs, case, MMA)
         general = emulated.forward(inputs, case, backends.by_name("cuda-general").id)
         assert all(torch.equal(a, b) for a, b in zip(emulated.forward(inputs, case), general))
-        described = backends.describe(list(inputs), *case.geometry(), None)._replace(device="cuda", capability=90)
+        aligned = all(backends._is_aligned(tensor) for tensor in inputs[:3])
+        described = backends.describe(list(inputs), *case.geometry(), None)
+        described = described._replace(device="cuda", capability=90, aligned=aligned)
         assert any(reason in text for text in backends.by_name("cuda-mma").why_not(described))
 
 
