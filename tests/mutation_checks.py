@@ -240,23 +240,21 @@ def check_infinite_bias() -> None:
 
 
 # ---- gradients that are not asked for ----------------------------------------------------------------------------------
-def check_needed() -> None:
-    problem = NAMED["everything"]
-    inputs = problem.make(torch.float32)
-    saved = emulated.forward(inputs, problem, GENERAL)
-    grads = draw(saved[0].shape, torch.float32), draw(saved[1].shape, torch.float32)
-    whole = emulated.backward(grads, saved, inputs, problem, backend=GENERAL)
+def check_needed(problem: Problem, dtype: torch.dtype = torch.float32, backend: int = GENERAL) -> None:
+    inputs = problem.make(dtype)
+    saved = emulated.forward(inputs, problem, backend)
+    grads = draw(saved[0].shape, dtype), draw(saved[1].shape, torch.float32)
+    whole = emulated.backward(grads, saved, inputs, problem, backend=backend)
     for i, name in enumerate(GRADIENTS):
         needed = [other == name for other in GRADIENTS]
-        alone = emulated.backward(grads, saved, inputs, problem, needed, GENERAL)
+        alone = emulated.backward(grads, saved, inputs, problem, needed, backend)
         assert torch.equal(alone[i], whole[i]), name
         assert all(other.numel() == 0 for other in alone[:i] + alone[i + 1 :])
 
 
-def check_wide_table() -> None:
-    problem = NAMED["everything"]
+def check_wide_table(problem: Problem, backend: int = GENERAL) -> None:
     inputs = problem.make(torch.float16)
-    check_fused(inputs._replace(rpb=problem.make(torch.float32).rpb), problem)
+    check_fused(inputs._replace(rpb=problem.make(torch.float32).rpb), problem, backend=backend)
 
 
 OF_GENERAL = {
@@ -264,7 +262,7 @@ OF_GENERAL = {
     **{f"halves {name}": functools.partial(check_halves, PROBLEMS[name]) for name in IN_HALVES},
     "float64": functools.partial(check_problem, NAMED["everything"], torch.float64),
     "float16": functools.partial(check_problem, NAMED["everything"], torch.float16),
-    "wide table": check_wide_table,
+    "wide table": functools.partial(check_wide_table, NAMED["everything"]),
     **{
         f"poison {name}": functools.partial(check_poison, name)
         for name in ("masked", "chunks", "biased_box", "dead_rows")
@@ -272,7 +270,7 @@ OF_GENERAL = {
     "masked chunks": check_masked_chunks,
     "seen NaN": check_nan_that_is_seen,
     "infinite bias": check_infinite_bias,
-    "needed": check_needed,
+    "needed": functools.partial(check_needed, NAMED["everything"]),
     "steps": check_steps,
     "turned": check_turned,
 }
@@ -281,22 +279,25 @@ OF_GENERAL = {
 # ---- tensor cores ------------------------------------------------------------------------------------------------------
 # Row tiles of 64 tokens, boxes of 64 or 32: several of each, at borders, in part, and boxes that need no mask.
 TILES = {
+    "dead_rows": Problem((6, 5), (2, 1), mask=True),
+    "biased_line": Problem((12,), (5,), rpb=True, batch=1, heads=1),
+    "far_keys": AllKeys((24, 20), (3, 3), box=((11, 12), (2, 3)), batch=1, heads=1),
+    "few_groups": Problem((17, 14), (3, 4), dilation=(4, 2), box=((6, 3), (3, 7)), heads=1),
     "everything": Problem(
         (6, 8), (3, 3), dilation=(2, 1), is_causal=(False, True), heads=4, group=2, head_dim=8, value_dim=24, scale=0.3,
         rpb=True, mask=True, additional=3,
     ),
-    "groups": Problem((13, 11), (3, 4), stride=(2, 1), dilation=(3, 2), heads=4, group=2, head_dim=24, value_dim=8),
-    "square": Problem((25, 25), (16, 16), batch=1, heads=1, head_dim=16),
-    "volume": Problem((6, 9, 10), (4, 5, 6), is_causal=(True, False, False), batch=1, heads=1),
-    "line": Problem((150,), (90,), is_causal=(True,), batch=1, heads=2, head_dim=24),
-    "additional": Problem((20,), (3,), heads=2, group=2, additional=150),
     "box": Problem((24, 20), (9, 7), dilation=(2, 1), box=((5, 3), (11, 9)), rpb=True, mask=True, heads=1),
+    "of_128": Problem((9, 10), (4, 5), batch=1, heads=1, head_dim=128, value_dim=72),
+    "line": Problem((290,), (270,), is_causal=(True,), batch=1, heads=1),  # longer than the fields of a word count
     "plain_box": Problem((26, 31), (7, 8), stride=(3, 1), dilation=(2, 3), box=((5, 6), (13, 19)), heads=1),
+    "additional": Problem((20,), (3,), heads=2, group=2, additional=150),
+    "groups": Problem((13, 11), (3, 4), stride=(2, 1), dilation=(3, 2), heads=4, group=2, head_dim=24, value_dim=8),
     "biased": Problem((14, 13), (9, 8), rpb=True, is_causal=(False, True), batch=1),
     "masked": Problem((14, 13), (9, 8), mask=True, heads=2, group=2),
-    "dead_rows": Problem((6, 5), (2, 1), mask=True),
-    "of_128": Problem((9, 10), (4, 5), batch=1, heads=1, head_dim=128, value_dim=72),
     "of_256": Problem((70,), (40,), batch=1, heads=1, head_dim=72, value_dim=256, additional=1),
+    "volume": Problem((6, 9, 10), (4, 5, 6), is_causal=(True, False, False), batch=1, heads=1),
+    "square": Problem((25, 25), (16, 16), batch=1, heads=1, head_dim=16),
 }  # fmt: skip
 IN_TF32 = ("everything", "groups", "of_128")
 
@@ -314,6 +315,8 @@ def check_tiles(problem: Problem, backend: int = MMA) -> None:
 OF_TILES = {
     **{f"tiles {name}": functools.partial(check_tiles, problem) for name, problem in TILES.items()},
     **{f"tf32 {name}": functools.partial(check_tiles, TILES[name], TF32) for name in IN_TF32},
+    "tiles wide table": functools.partial(check_wide_table, TILES["biased_line"], MMA),
+    "tiles needed": functools.partial(check_needed, TILES["biased_line"], torch.float16, MMA),
 }
 CHECKS = {"general": OF_GENERAL, "tiles": OF_TILES}
 

@@ -35,6 +35,18 @@ class Mutation(NamedTuple):
     replacement: str
 
 
+# What the checks of a path never start is not built: it would take half the time of a mutation.
+RUN = "csrc/cuda/tiles/run.h"
+UNUSED = {
+    "tiles": (
+        Mutation(
+            "bfloat16", RUN, "", "if (dtype == Dtype::bfloat16) return run_extras<Sums, ptx::bf16>(p, stream);", ""
+        ),
+        Mutation("dims", RUN, "", "if (dim <= 64) return run_pass<T, Sums<T, 64, kExtras>>(p, stream);", ""),
+    )
+}
+
+
 def read(path: Path = LIST) -> list[Mutation]:
     """The mutations of a list, whose head describes the format."""
     mutations = []
@@ -75,6 +87,8 @@ def texts_of(source: Path, root: Path) -> bytes:
 
 def why_path(path: str, root: Path) -> str | None:
     """Why the checks of a CUDA path fail on the sources below `root`; None if they hold."""
+    for unused in UNUSED.get(path, ()):
+        apply(unused, root)
     sources = [root / source.relative_to(ROOT) for source in emulated.SOURCES]
     built, compile_one = Path(emulated.library()._name).parent, emulated.compile_one
 
