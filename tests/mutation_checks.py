@@ -280,8 +280,11 @@ OF_GENERAL = {
 # Row tiles of 64 tokens, boxes of 64 or 32: several of each, at borders, in part, and boxes that need no mask.
 TILES = {
     "dead_rows": Problem((6, 5), (2, 1), mask=True),
-    "biased_line": Problem((12,), (5,), rpb=True, batch=1, heads=1),
+    "biased_line": Problem((128,), (128,), rpb=True, batch=1, heads=1),  # boxes that would be full
+    "causal_line": Problem((320,), (127,), is_causal=(True,), batch=1, heads=1),  # full but for one column
+    "masked_line": Problem((128,), (128,), mask=True, batch=1, heads=1),
     "far_keys": AllKeys((24, 20), (3, 3), box=((11, 12), (2, 3)), batch=1, heads=1),
+    "short_group": Problem((129,), (3,), dilation=(2,), batch=1, heads=1),  # of two tiles of queries one is empty
     "few_groups": Problem((17, 14), (3, 4), dilation=(4, 2), box=((6, 3), (3, 7)), heads=1),
     "everything": Problem(
         (6, 8), (3, 3), dilation=(2, 1), is_causal=(False, True), heads=4, group=2, head_dim=8, value_dim=24, scale=0.3,
@@ -295,7 +298,7 @@ TILES = {
     "groups": Problem((13, 11), (3, 4), stride=(2, 1), dilation=(3, 2), heads=4, group=2, head_dim=24, value_dim=8),
     "biased": Problem((14, 13), (9, 8), rpb=True, is_causal=(False, True), batch=1),
     "masked": Problem((14, 13), (9, 8), mask=True, heads=2, group=2),
-    "of_256": Problem((70,), (40,), batch=1, heads=1, head_dim=72, value_dim=256, additional=1),
+    "of_256": Problem((70,), (40,), batch=1, heads=1, head_dim=256, value_dim=72, additional=1),
     "volume": Problem((6, 9, 10), (4, 5, 6), is_causal=(True, False, False), batch=1, heads=1),
     "square": Problem((25, 25), (16, 16), batch=1, heads=1, head_dim=16),
 }  # fmt: skip
