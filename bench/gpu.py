@@ -4,7 +4,7 @@
 python -m bench.gpu --out bench/results/h200.csv
 
 First the tests on the device, then compute-sanitizer on three shapes where it is installed, then every case: ours against
-cuDNN's and FlashAttention's SDPA, FlexAttention with our block masks, natten where it is installed, and the rate of copies.
+full attention by torch's SDPA, FlexAttention with our block masks, natten where it is installed, and the rate of copies.
 A row per case, backend and pass; `of_dense` is useful FLOP/s over those of cuDNN's SDPA at 16,384 tokens of the same head dim and
 heads, `of_copy` the bytes of the tensors a second over the rate of a copy. Blocks of calls are interleaved A/B/A, inputs rotate.
 """

@@ -57,6 +57,17 @@ NATTEN_HOST_DEVICE inline int64_t table_size(const Problem& p) {
   return size;
 }
 
+// Places in a dilation group of the queries that see a key (an index of the grid) on an axis; of the inverse window those that this
+// problem holds: [q_origin, q_origin + q_shape).
+NATTEN_HOST_DEVICE inline Span queries_of(const Problem& p, int a, int64_t key) {
+  const int64_t dilation = p.axis[a].dilation;
+  Span span = inverse_window(p.axis[a], key);
+  const int64_t low = larger(p.q_origin[a] - span.group, 0), stop = p.q_origin[a] + p.q_shape[a] - span.group;
+  span.first = larger(span.first, ceil_div(low, dilation));
+  span.end = larger(smaller(span.end, stop <= 0 ? 0 : ceil_div(stop, dilation)), span.first);
+  return span;
+}
+
 // Of the unfused ops: whether queries add to what other queries add to as well.
 inline bool adds_to_keys(const Problem& p) { return p.grad_key.data || p.grad_additional_keys.data || p.grad_rpb.data; }
 

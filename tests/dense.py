@@ -2,14 +2,19 @@
 """The same attention by torch's own op on a dense mask: the yardstick for the error that a dtype may make."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
-from samples import Problem, differentiable, with_tensors
+from samples import Problem, differentiable, expected, in_double, with_tensors
 from torch import Tensor
 
 from natten_ops import reference
 from natten_ops.geometry.masks import dense_mask
 from natten_ops.reference import Inputs
+
+FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # two ulps at 1
+# (inputs, grad_out) -> out, lse, and the gradients of the differentiable inputs.
+Attend = Callable[[Inputs, Tensor], tuple[Tensor, Tensor, Sequence[Tensor]]]
 
 
 def dense_attention(inputs: Inputs, problem: Problem) -> Tensor:
@@ -48,6 +53,8 @@ def errors_of_torch(inputs: Inputs, problem: Problem, grad_out: Tensor) -> tuple
     One number alone is right by chance: the gradient of a lone additional key sums a thousand terms, and torch's error of
     it varies 13 times with grad_out. Of such a gradient the error is the largest of four draws.
     """
+    if not grad_out.numel():  # of nothing torch's own op has no gradient
+        return 0.0, [0.0] * len(differentiable(inputs))
     draws = [grad_out]
     if any(0 < t.numel() < 32 for t in differentiable(inputs)):
         draws += [grad_out.roll(shift) for shift in (7, 11, 13)]  # of the flattened numbers
@@ -68,3 +75,39 @@ def _errors(inputs: Inputs, problem: Problem, grad_out: Tensor) -> tuple[float, 
 def worst(have: Tensor, want: Tensor) -> float:
     """Largest absolute difference; 0 for empty tensors."""
     return (have.double() - want.double()).abs().max().item() if have.numel() else 0.0
+
+
+def compare(problem: Problem, dtype: torch.dtype, *ways: Attend, seed: int = 0, tf32: bool = False) -> None:
+    """Outputs and gradients of every way within twice the error of torch's own op in the same dtype.
+
+    The yardstick itself is off by chance on a handful of numbers, hence the floor of a few ulps of the result. Numbers of
+    tf32 have as many bits as those of float16, which is what torch's own op can do on a CPU.
+    """
+    inputs = problem.make(dtype, seed)
+    want, want_lse = expected(inputs, problem)
+    grad_out = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64).to(dtype)
+    yardstick = with_tensors(inputs, [t.half() for t in differentiable(inputs)]) if tf32 else inputs
+    torch_out, torch_grads = errors_of_torch(yardstick, problem, grad_out)
+    floor = _floor_of_tf32(inputs, problem) if tf32 else FLOOR[dtype]
+    of_lse = 10 * floor if dtype == torch.float64 else floor if tf32 else 1e-5
+    exact = reference.backward(grad_out.double(), None, in_double(inputs), *problem.geometry(), problem.scale)
+    for attend in ways:
+        out, lse, gradients = attend(inputs, grad_out)
+        assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert worst(out, want) <= 2 * torch_out + floor * max(1.0, _largest(want))
+        torch.testing.assert_close(lse.double(), want_lse, atol=of_lse, rtol=1e-5)
+        for gradient, truth, error in zip(gradients, differentiable(exact), torch_grads, strict=True):
+            assert gradient.dtype == dtype
+            assert worst(gradient, truth) <= 2 * error + 2 * floor * max(1.0, _largest(truth))
+
+
+def _floor_of_tf32(inputs: Inputs, problem: Problem) -> float:
+    """What rounding costs beside float16's, whose inputs are exact: an ulp or two of the logits, and of every product, since
+    <grad_out, value> - delta no longer cancels to the last bit."""
+    scale = problem.scale or inputs.query.shape[-1] ** -0.5
+    logits = scale * inputs.query.norm(dim=-1).max() * inputs.key.norm(dim=-1).max() if inputs.query.numel() else 0.0
+    return 2**-10 * (2.0 + float(logits))
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0

@@ -77,7 +77,7 @@ def test_every_head_dim_of_the_table(dims):
 FULL = {
     "long line": Problem((300,), (170,), batch=1, heads=1),
     "causal line": Problem((260,), (150,), is_causal=(True,), batch=1, heads=1),
-    "square": Problem((25, 25), (16, 16), batch=1, heads=1),  # full boxes beside ones that a row misses by one
+    "square": Problem((25, 25), (16, 16), batch=1, heads=1),
     "strided": Problem((24, 24), (12, 8), stride=(8, 8), batch=1, heads=1),
     "blocked": Problem((16, 16), (8, 8), stride=(8, 8), batch=1, heads=1),
     "dilated": Problem((40, 26), (9, 6), dilation=(2, 3), batch=1, heads=1),

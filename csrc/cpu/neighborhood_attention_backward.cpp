@@ -137,14 +137,10 @@ inline Walk inverse_walk(const Problem& p, const int64_t* token) {
   for (int a = 0; a < kAxes; ++a) {
     const Axis& axis = p.axis[a];
     const int64_t key = token[a] + p.kv_origin[a];
-    const Span span = inverse_window(axis, key);
-    // Of those, the ones that this problem holds: in-group positions of [q_origin, q_origin + q_shape).
-    const int64_t low = larger(p.q_origin[a] - span.group, 0), stop = p.q_origin[a] + p.q_shape[a] - span.group;
-    const int64_t begin = larger(span.first, ceil_div(low, axis.dilation));
-    const int64_t end = smaller(span.end, stop <= 0 ? 0 : ceil_div(stop, axis.dilation));
-    walk.count[a] = larger(end - begin, 0);
-    first[a] = span.group + axis.dilation * begin - p.q_origin[a];
-    offset[a] = axis.kernel - 1 + key / axis.dilation - begin;
+    const Span span = queries_of(p, a, key);
+    walk.count[a] = span.end - span.first;
+    first[a] = span.group + axis.dilation * span.first - p.q_origin[a];
+    offset[a] = axis.kernel - 1 + key / axis.dilation - span.first;
   }
   add_stream(walk, p, p.query, first);
   add_stream(walk, p, p.grad_out, first);

@@ -25,9 +25,7 @@ template <class System> struct Gpu {
 
   // Gradients come as they come: expanded after a sum, transposed after a permutation. Tensor cores read whole pieces of 16 bytes.
   static Tensor gradient(const Tensor& tensor) {
-    bool fits = tensor.stride(-1) == 1 && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
-    for (int64_t axis = 0; axis + 1 < tensor.dim(); ++axis) fits = fits && tensor.stride(axis) * int64_t(tensor.element_size()) % 16 == 0;
-    if (fits) return tensor;
+    if (lies_in_pieces(rows_of(tensor, true, tensor.dim() - 3, true, true), tensor.element_size())) return tensor;
     Tensor copy = torch::stable::new_empty(tensor, sizes_of(tensor));
     return torch::stable::copy_(copy, tensor);
   }

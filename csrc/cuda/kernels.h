@@ -8,6 +8,13 @@ namespace natten::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// Whether rows of numbers of that size lie so that 16 bytes of them can be read at once.
+inline bool lies_in_pieces(const Rows& rows, int64_t bytes) {
+  bool fits = rows.dim == 1 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch * bytes % 16 == 0 && rows.head * bytes % 16 == 0;
+  for (int a = 0; a < kAxes; ++a) fits = fits && rows.token[a] * bytes % 16 == 0;
+  return fits;
+}
+
 struct DeviceFacts {
   int capability;        // ten times the compute capability: 80 for 8.0
   int64_t shared_bytes;  // of shared memory that a block may ask for

@@ -61,16 +61,10 @@ template <class Body> const char* run(Work work, int64_t items, Stream stream) {
   return nullptr;
 }
 
-
 // Whether a thread may load 16 bytes of any of these rows at once.
 template <class T> bool loads_wide(std::initializer_list<const Rows*> all) {
-  constexpr int64_t kWide = 16 / sizeof(T);
-  for (const Rows* rows : all) {
-    if (!rows->data) continue;
-    bool fits = rows->dim == 1 && reinterpret_cast<uintptr_t>(rows->data) % 16 == 0 && rows->batch % kWide == 0 && rows->head % kWide == 0;
-    for (int a = 0; a < kAxes; ++a) fits = fits && rows->token[a] % kWide == 0;
-    if (!fits) return false;
-  }
+  for (const Rows* rows : all)
+    if (rows->data && !lies_in_pieces(*rows, sizeof(T))) return false;
   return true;
 }
 

@@ -73,15 +73,11 @@ struct InverseWindow {
     for (int a = 0; a < kAxes; ++a) {
       const Axis& axis = p.axis[a];
       const int64_t key = token[a] + p.kv_origin[a];
-      const Span span = inverse_window(axis, key);
-      // Of those, the ones that this problem holds: places of [q_origin, q_origin + q_shape) in the dilation group.
-      const int64_t low = larger(p.q_origin[a] - span.group, 0), stop = p.q_origin[a] + p.q_shape[a] - span.group;
-      const int64_t begin = larger(span.first, ceil_div(low, axis.dilation));
-      const int64_t end = smaller(span.end, stop <= 0 ? 0 : ceil_div(stop, axis.dilation));
-      queries.first[a] = span.group + axis.dilation * begin - p.q_origin[a];
+      const Span span = queries_of(p, a, key);
+      queries.first[a] = span.group + axis.dilation * span.first - p.q_origin[a];
       queries.step[a] = axis.dilation;
-      queries.count[a] = larger(end - begin, 0);
-      bias += (axis.kernel - 1 + key / axis.dilation - begin) * p.rpb.token[a];
+      queries.count[a] = span.end - span.first;
+      bias += (axis.kernel - 1 + key / axis.dilation - span.first) * p.rpb.token[a];
     }
   }
 };

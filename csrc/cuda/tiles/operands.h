@@ -13,7 +13,7 @@
 namespace natten::cuda::tiles {
 namespace {
 
-constexpr int kThreads = 128, kWarpRows = 16;
+constexpr int kWarpRows = 16, kThreads = 32 * (kRows / kWarpRows);
 
 template <class T, int kDim> struct Operand {
   static constexpr int kOfChunk = 16 / sizeof(T), kOfStep = 2 * kOfChunk;  // numbers

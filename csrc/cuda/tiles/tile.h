@@ -103,11 +103,7 @@ template <bool kKeyRows> struct Tile {
   static DEVICE Span span_of(const Problem& p, int a, int group, int position) {
     const Axis& axis = p.axis[a];
     const int64_t index = group + axis.dilation * position;
-    if (!kKeyRows) return window(axis, index);
-    Span span = inverse_window(axis, index);
-    span.first = larger(span.first, position_from(p.q_origin[a], group, axis.dilation));
-    span.end = smaller(span.end, position_from(p.q_origin[a] + p.q_shape[a], group, axis.dilation));
-    return span;
+    return kKeyRows ? queries_of(p, a, index) : window(axis, index);
   }
 };
 
