@@ -136,4 +136,4 @@ def compare(problem: Problem, dtype: torch.dtype, backend: int, seed: int = 0) -
         gradients = backward((grad_out, None), (out, lse), inputs, problem, backend=backend)
         return out, lse, gradients_of(inputs, gradients)
 
-    dense.compare(problem, dtype, attend, seed=seed, tf32=backend == backends.by_name("cuda-mma-tf32").id)
+    dense.compare(problem, dtype, attend, seed=seed, cuda=True, tf32=backend == backends.by_name("cuda-mma-tf32").id)

@@ -34,7 +34,7 @@ def compare(problem, dtype, backend=0):
         gradients = torch.autograd.grad(out, leaves, grad_out.cuda())
         return out.cpu(), lse.cpu(), [gradient.cpu() for gradient in gradients]
 
-    dense.compare(problem, dtype, attend)
+    dense.compare(problem, dtype, attend, cuda=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
