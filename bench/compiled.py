@@ -3,6 +3,7 @@
 
 python -m bench.compiled neighbours     RoPE -> na2d -> gate, residual, one call
 python -m bench.compiled keys           what rotating the keys (a kernel of its own) and the queries (inside) costs in it
+python -m bench.compiled backward       what a gate and rotations around the attention add to its backward, which is a call
 python -m bench.compiled model          twelve blocks: inference and training, time to compile
 python -m bench.compiled memory         peak memory of a training step of the same blocks (Linux)
 """
@@ -150,6 +151,34 @@ def keys(rounds: int) -> Iterator[str]:
         )
 
 
+def backward(rounds: int) -> Iterator[str]:
+    def bare(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, window: int, *angles: Tensor) -> Tensor:
+        return natten_ops.na2d(q, k, v, kernel_size=window)
+
+    def gated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, window: int, *angles: Tensor) -> Tensor:
+        return bare(q, k, v, gate, window) * torch.sigmoid(gate)
+
+    def rotated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, window: int, *angles: Tensor) -> Tensor:
+        return bare(rope(q, *angles), rope(k, *angles), v, gate, window)
+
+    torch._functorch.config.donated_buffer = False  # the same outputs are differentiated again and again
+    for size, dim, window in ((56, 32, 7), (112, 32, 7), (32, 64, 13)):
+        tensors = torch.randn(4, 1, size, size, 4, dim).unbind()
+        angles = torch.randn(2, size, size, 1, dim).unbind()
+        functions = {}
+        for function in (bare, gated, rotated):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            out = torch.compile(function, fullgraph=True, dynamic=False, backend=own_backend())(
+                *leaves, window, *angles
+            )
+            wanted = leaves if function is gated else leaves[:3]
+            grad = torch.randn_like(out)
+            functions[function.__name__] = functools.partial(torch.autograd.grad, out, wanted, grad, retain_graph=True)
+        times = interleave(functions, rounds, block_seconds=0.1)
+        shares = [1 - median_ratio(times["bare"], times[name]) for name in ("gated", "rotated")]
+        yield f"{size}x{size}, head dim {dim}, window {window}: of the backward a gate takes {shares[0]:.3f}, rotations {shares[1]:.3f}"
+
+
 def twelve_blocks(rounds: int) -> Iterator[str]:
     x = torch.randn(1, 56, 56, 128)
     seconds = {}
@@ -200,7 +229,7 @@ def memory(rounds: int) -> Iterator[str]:
         yield f"a training step of 12 blocks with {name} takes {peaks[rounds // 2]:.0f} MB more at its peak"
 
 
-WHAT = {"neighbours": neighbours, "keys": keys, "model": twelve_blocks, "memory": memory}
+WHAT = {"neighbours": neighbours, "keys": keys, "backward": backward, "model": twelve_blocks, "memory": memory}
 
 
 def main() -> None:
