@@ -33,7 +33,7 @@ demo: build
 	$(PY) examples/demo.py
 
 test: build lint
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: build
 	$(PY) -m pytest -q -m slow

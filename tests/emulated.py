@@ -8,6 +8,7 @@ After every call the emulator's findings (races, stray accesses, divergence, dea
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import subprocess
@@ -50,10 +51,10 @@ def build(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda source: str(compile_one(source, folder)), SOURCES))
-    library = folder / "libnatten_emulated.so"
+    library, unfinished = folder / "libnatten_emulated.so", folder / "unfinished.so"
     torch_library = Path(torch.__file__).parent / "lib/libtorch_cpu.so"
-    subprocess.run(["g++", "-shared", "-o", str(library), *objects, str(torch_library)], check=True)
-    return library
+    subprocess.run(["g++", "-shared", "-o", str(unfinished), *objects, str(torch_library)], check=True)
+    return unfinished.rename(library)
 
 
 @functools.cache
@@ -63,8 +64,11 @@ def library() -> ctypes.CDLL:
     text += " ".join([*FLAGS, *DEFINES, torch.__version__]).encode()
     folder = ROOT / "build/emulation" / hashlib.sha256(text).hexdigest()[:16]
     path = folder / "libnatten_emulated.so"
-    if not path.exists():
-        build(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        if not path.exists():
+            build(folder)
     torch.ops.load_library(str(path))
     return ctypes.CDLL(str(path))
 
