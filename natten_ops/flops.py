@@ -3,9 +3,9 @@
 
 A multiply-add is two FLOPs, everywhere in this file; softmax, biases and masks are not counted. The same formulas serve
 
-* `torch.utils.flop_counter.FlopCounterMode`, which knows the ops as soon as natten_ops is imported;
+* `torch.utils.flop_counter.FlopCounterMode`, which knows the ops, that of jagged tensors too, once natten_ops is imported;
 * shapes: `fna_flop_count`, `na_qk_flop_count`, `na_av_flop_count`;
-* fvcore, if it is installed: `get_flops`, or `add_natten_handle` on an analysis of your own.
+* fvcore: `get_flops`, `add_natten_handle`; not for the op of jagged tensors, which `torch.jit.trace` cannot take.
 """
 
 from __future__ import annotations

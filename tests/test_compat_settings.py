@@ -2,8 +2,6 @@
 """Settings that say what they were given, errors that every `except` catches, attention without neighborhoods."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -364,30 +362,3 @@ def test_attention_is_also_a_function_of_compat():
     assert torch.equal(compat.attention(*tensors, True), NEW.attention(*tensors, True))
     pair = compat.attention(*tensors, return_lse=True)
     assert torch.equal(compat.merge_attentions([pair[0]], [pair[1]])[0], pair[0])
-
-
-# ---- the command ---------------------------------------------------------------------------------------------------
-
-
-def test_an_unchanged_script_runs_on_a_level(tmp_path):
-    (tmp_path / "beside.py").write_text("name = 'beside'\n")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, beside, natten\nprint(sys.argv[1:], beside.name, natten.__version__, __name__)\nsys.exit(3)\n"
-    )
-
-    def module(*arguments):
-        command = [sys.executable, "-m", "natten_ops.compat", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    done = module("--level", "0.17", script, "--level", "x")
-    assert (done.returncode, done.stdout) == (3, "['--level', 'x'] beside 0.17.5 __main__\n")
-    for arguments, message in (
-        (("--level", "0.3", script), "use one of 0.14,"),
-        (("--level", "0.17", tmp_path / "none.py"), "none.py: no such file"),
-    ):
-        done = module(*arguments)
-        ours = [
-            line for line in done.stderr.splitlines() if "natten_ops.compat:" in line
-        ]  # torch 2.11 has lines of its own
-        assert done.returncode == 2 and len(ours) == 1 and message in ours[0]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import natten_ops
-from natten_ops import flops
+from natten_ops import compat, flops
 from natten_ops.nn import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 
 NO_FVCORE = "fvcore is not installed (`pip install fvcore`); the other counters are tested without it"
@@ -283,6 +283,19 @@ def test_normalisation_keeps_the_estimate_of_fvcore():
     layer, x = layer_and_input("image")
     model = nn.Sequential(nn.LayerNorm(12), layer)
     assert flops.get_flops(model, x) == by_torch(model, x)[0] + 5 * x.numel()
+
+
+@pytest.mark.parametrize("level", [level for level in compat.LEVELS if level < "0.20"])
+def test_get_flops_of_every_level_is_ours(level):
+    """Of a layer of the level and of other ones, by position and by name."""
+    pytest.importorskip("fvcore.nn", reason=NO_FVCORE)
+    natten = compat.natten(level)
+    x = torch.randn(1, 7, 8, 12)
+    attention = natten.NeighborhoodAttention2D(dim=12, num_heads=3, kernel_size=3)
+    for model in (attention, nn.Sequential(nn.Linear(12, 12), attention)):
+        count = flops.get_flops(model, x)
+        assert count > 0 and natten.flops.get_flops(model, x) == count
+        assert natten.flops.get_flops(model=model, input=(x,), disable_warnings=True) == count
 
 
 class Softmax(nn.Module):

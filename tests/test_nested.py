@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Samples of different sizes in one call: jagged lines, strided grids, fused and in two halves, sample after sample."""
+"""Samples of different sizes in one call of the fused functions: jagged lines, and strided grids sample after sample."""
 
 import pytest
 import torch
@@ -7,71 +7,16 @@ from dense import worst
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nesting import SIZES, by_op, by_reference, draw, gradients, grids, lines, offsets_of, sentence, values_of
 from samples import DTYPES
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import natten_ops
-from natten_ops import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 jagged_op = torch.ops.natten.neighborhood_attention_jagged.default
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-
-
-def draw(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def offsets_of(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0)
-
-
-def lines(values, offsets):
-    return torch.nested.nested_tensor_from_jagged(values, offsets=offsets)
-
-
-def values_of(lengths, dtype=torch.float64, heads=2, group=1, dim=8, value_dim=8, additional=None, rpb=0):
-    """query, key, value, additional keys and values (or None), bias table (or None); `rpb` is the kernel size of it."""
-    tokens, heads_kv = sum(lengths), heads // group
-    found = [draw(tokens, heads, dim, dtype=dtype), draw(tokens, heads_kv, dim, dtype=dtype, seed=1)]
-    found += [draw(tokens, heads_kv, value_dim, dtype=dtype, seed=2), None, None, None]
-    if additional is not None:
-        found[3] = draw(len(lengths), additional, heads_kv, dim, dtype=dtype, seed=3)
-        found[4] = draw(len(lengths), additional, heads_kv, value_dim, dtype=dtype, seed=4)
-    if rpb:
-        found[5] = draw(heads, 2 * rpb - 1, dtype=dtype, seed=5)
-    return found
-
-
-def by_reference(tensors, lengths, windows):
-    """out and lse of each sample alone, in float64."""
-    query, key, value, keys, values, rpb = tensors
-    ends, results = offsets_of(lengths).tolist(), []
-    for i, (a, b) in enumerate(zip(ends, ends[1:])):
-        extras = [None if t is None else t[i : i + 1] for t in (keys, values)]
-        sample = (t[None, a:b] for t in (query, key, value))
-        results.append(reference.neighborhood_attention_lse(*sample, *windows, None, *extras, rpb=rpb))
-    return [torch.cat([part[0] for part in parts]) for parts in zip(*results)]
-
-
-def by_op(tensors, lengths, windows):
-    """The same through jagged tensors and the public function."""
-    offsets = offsets_of(lengths)
-    query, key, value = (lines(t, offsets) for t in tensors[:3])
-    settings = dict(zip(("kernel_size", "stride", "dilation", "is_causal"), (w[0] for w in windows)))
-    more = {"additional_keys": tensors[3], "additional_values": tensors[4], "rpb": tensors[5]}
-    out, lse = natten_ops.na1d(query, key, value, **settings, **more, return_lse=True)
-    assert out.layout == lse.layout == torch.jagged and out.shape[1] == lse.shape[1] == query.shape[1]
-    return [out.values(), lse.values()]
-
-
-def gradients(function, tensors, *rest):
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    out, lse = function(leaves, *rest)
-    return torch.autograd.grad(
-        out.double().sin().sum() + lse.double().cos().sum(), [t for t in leaves if t is not None]
-    )
 
 
 def assert_right(tensors, lengths, windows, dtype):
@@ -82,12 +27,6 @@ def assert_right(tensors, lengths, windows, dtype):
     for have, want in zip(gradients(by_op, tensors, lengths, windows), wanted):
         assert have.shape == want.shape and have.dtype == dtype
         assert worst(have, want) <= TOLERANCE[dtype] * max(1.0, want.abs().max().item() if want.numel() else 1.0)
-
-
-def sentence(function, *args, **kwargs):
-    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
-        function(*args, **kwargs)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,6 +111,28 @@ def test_compiled_lines_are_one_graph(backend):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("more", [{"additional": 2}, {"rpb": 3}, {"additional": 2, "rpb": 3, "group": 2}], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_compiled_lines_with_every_argument(more, is_causal):
+    """Additional tokens, a bias table, causal windows and the log-sum-exp: one graph, the gradients of eager code."""
+    torch._dynamo.reset()
+    lengths, windows = [7, 12, 9], ([3], [1], [2], [is_causal])
+    tensors = values_of(lengths, torch.float32, heads=4, **more)
+    offsets = offsets_of(lengths)
+    settings = {"kernel_size": 3, "dilation": 2, "is_causal": is_causal, "return_lse": True}
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def attend(query, key, value, keys, values, rpb):
+        return natten_ops.na1d(query, key, value, **settings, additional_keys=keys, additional_values=values, rpb=rpb)
+
+    def compiled(given, *_):
+        out, lse = attend(*(lines(t, offsets) for t in given[:3]), *given[3:])
+        return [out.values(), lse.values()]
+
+    torch.testing.assert_close(compiled(tensors), by_op(tensors, lengths, windows))
+    torch.testing.assert_close(gradients(compiled, tensors), gradients(by_op, tensors, lengths, windows))
+
+
 def test_compiled_lines_of_other_samples_are_refused():
     query = lines(draw(21, 2, 8), offsets_of([5, 9, 7]))
     other = lines(draw(21, 2, 8), offsets_of([7, 7, 7]))
@@ -233,14 +194,7 @@ def test_autocast_of_lines():
     assert torch.equal(out, by_op(cast, lengths, ([3], [1], [1], [False]))[0])
 
 
-# ---- strided grids and halves --------------------------------------------------------------------------------------
-
-SIZES = {2: [(5, 6), (7, 4), (6, 6)], 3: [(3, 4, 5), (4, 3, 3)]}
-
-
-def grids(rank, *rest, front=(), seed=0):
-    tensors = [draw(*front, *size, *rest, seed=seed + i) for i, size in enumerate(SIZES[rank])]
-    return torch.nested.nested_tensor(tensors, requires_grad=True)
+# ---- strided grids --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [2, 3])
@@ -258,37 +212,6 @@ def test_grids_of_different_sizes(rank):
         assert torch.equal(out.unbind()[i], want[0]) and torch.equal(lse.unbind()[i], want_lse[0])
         for tensor, slope in zip(have, torch.autograd.grad(want.sin().sum(), sample)):
             torch.testing.assert_close(tensor.unbind()[i], slope)
-
-
-def test_halves_of_grids():
-    query, value = grids(2, 8, front=(2,)), grids(2, 8, front=(2,), seed=9)
-    logits = natten_ops.na2d_qk(query, query, kernel_size=3)
-    out = natten_ops.na2d_av(logits, value, kernel_size=3)
-    for i, (q, v) in enumerate(zip(query.unbind(), value.unbind())):
-        want = natten_ops.na2d_qk(q[None], q[None], kernel_size=3)
-        assert torch.equal(logits.unbind()[i], want[0])
-        assert torch.equal(out.unbind()[i], natten_ops.na2d_av(want, v[None], kernel_size=3)[0])
-
-
-def test_halves_of_lines_make_the_fused_attention():
-    lengths, windows = [9, 5, 14], ([3], [1], [1], [True])
-    tensors = values_of(lengths, additional=2)
-    offsets = offsets_of(lengths)
-
-    def by_halves(given, *_):
-        query, key, value = (lines(t, offsets).transpose(1, 2) for t in given[:3])
-        extras = [t.transpose(1, 2) for t in given[3:5]]
-        settings = {"kernel_size": 3, "is_causal": True}
-        logits = natten_ops.na1d_qk(query * 8**-0.5, key, **settings, additional_keys=extras[0])
-        weights = logits.transpose(1, 2).softmax(-1).transpose(1, 2)  # torch has no gradient of it the other way round
-        out = natten_ops.na1d_av(weights, value, **settings, additional_values=extras[1])
-        lse = torch.cat([part.logsumexp(-1).T for part in logits.unbind()])
-        return [out.transpose(1, 2).values(), lse]
-
-    for have, want in zip(by_halves(tensors), by_op(tensors, lengths, windows)):
-        torch.testing.assert_close(have, want)
-    for have, want in zip(gradients(by_halves, tensors), gradients(by_op, tensors, lengths, windows)):
-        torch.testing.assert_close(have, want)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
@@ -316,14 +239,8 @@ def test_sentences():
         ),
         "grid window": sentence(na2d, grid, grid, grid, kernel_size=(3, 5)),
         "grid sizes": sentence(na2d, grid, torch.nested.nested_tensor(list(grid.unbind())[::-1]), grid, **k3),
-        "halves": sentence(natten_ops.na1d_qk, query.transpose(1, 2), query.values()[None], **k3),
-        "halves window": sentence(natten_ops.na1d_qk, query.transpose(1, 2), query.transpose(1, 2), kernel_size=6),
         "rows of grids": sentence(na2d, grid, grid, grid, **k3, additional_keys=extra, additional_values=extra),
-        "rows of halves": sentence(
-            natten_ops.na1d_qk, *[query.transpose(1, 2)] * 2, **k3, additional_keys=draw(1, 2, 1, 8)
-        ),
         "table beside dense": sentence(na1d, *[query.values()[None]] * 3, **k3, rpb=query),
-        "no samples": sentence(natten_ops.na1d_qk, *[lines(draw(0, 2, 8), offsets_of([])).transpose(1, 2)] * 2, **k3),
     }
     assert_expected_inline(
         "\n".join(f"{name}: {text.split('natten: ')[-1]}" for name, text in found.items()),
@@ -340,12 +257,8 @@ transposed: query is a jagged tensor of 4 dims, ragged or with holes where no to
 box: q_origin, kv_origin and extent beside nested tensors; every sample is a whole grid
 grid window: sample 1: kernel_size[1]=5 with dilation[1]=1 spans 5 > 4 tokens on axis 1; lower one of them, or pad the grid
 grid sizes: key has [6, 6] tokens in sample 0, query [5, 6]; they must be equal
-halves: key is a dense tensor and query nested; nest all of ['query', 'key']
-halves window: sample 1: kernel_size[0]=6 with dilation[0]=1 spans 6 > 5 tokens on axis 0; lower one of them, or pad the grid
 rows of grids: additional_keys has 2 rows for 3 samples; give one a sample
-rows of halves: additional_keys has 1 rows for 3 samples; give one a sample
-table beside dense: rpb is a nested tensor, which the op itself does not take; natten_ops.na1d and its kin take nested queries, keys and values, all of them, and nothing else nested
-no samples: a nested tensor without samples; give at least one""",  # noqa: E501
+table beside dense: rpb is a nested tensor, which the op itself does not take; natten_ops.na1d and its kin take nested queries, keys and values, all of them, and nothing else nested""",  # noqa: E501
     )
 
 

@@ -169,6 +169,50 @@ def test_training_keeps_the_weights_and_nothing_else_of_their_size(dtype):
         torch.testing.assert_close(have, want, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("num_kv_heads", [HEADS, 2])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_training_module_with_dropout_is_one_graph(backend, num_kv_heads):
+    """Forward and backward, with the random numbers of eager code; what is kept are two sets of weights and a mask."""
+    torch.manual_seed(0)
+    layer = natten_ops.nn.NeighborhoodAttention2D(
+        HEADS * DIM, HEADS, (3, 5), attn_drop=0.5, rel_pos_bias=True, num_kv_heads=num_kv_heads
+    )
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x, results, saved = torch.randn(2, 9, 12, HEADS * DIM, requires_grad=True), [], []
+    with torch._inductor.config.patch(fallback_random=True):
+        for call in (layer, compiled, compiled):
+            torch.manual_seed(1)
+            saved.clear()
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+                out = call(x)
+            results.append((out.detach(), torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()])))
+    assert counter.frame_count == 1
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-5, rtol=1e-4)
+    kept = [t.dtype for t in saved if t.dim() and t.shape[-1] == SLOTS]
+    assert kept.count(torch.bool) <= 1 and kept.count(torch.float32) <= 2
+    assert not torch.equal(layer.eval()(x), results[0][0])
+
+
+def test_dropout_with_shared_key_heads_is_that_of_repeated_heads():
+    """The same mask over the weights, whether keys and values are repeated by the layer or in its parameters."""
+    torch.manual_seed(0)
+    shared = natten_ops.nn.NeighborhoodAttention2D(HEADS * DIM, HEADS, 3, attn_drop=0.5, num_kv_heads=2)
+    repeated = natten_ops.nn.NeighborhoodAttention2D(HEADS * DIM, HEADS, 3, attn_drop=0.5)
+    state = shared.state_dict()
+    for name in ("qkv.weight", "qkv.bias"):
+        query, key, value = state[name].unflatten(0, (-1, DIM)).split([HEADS, 2, 2])
+        state[name] = torch.cat([query, *(t.repeat_interleave(HEADS // 2, 0) for t in (key, value))]).flatten(0, 1)
+    repeated.load_state_dict(state)
+    x, results = torch.randn(2, 9, 12, HEADS * DIM, requires_grad=True), []
+    for layer in (shared, repeated):
+        torch.manual_seed(1)
+        out = layer(x)
+        results.append((out.detach(), *torch.autograd.grad(out.sin().sum(), x)))
+    torch.testing.assert_close(*results)
+
+
 def test_views_of_a_projection_are_read_in_place():
     def step(x):
         query, key, value = x.unflatten(-1, (3, HEADS, DIM)).permute(3, 0, 4, 1, 2, 5)

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Puts a level where libraries look for natten: `import natten`, `find_spec("natten")` and `importlib.metadata`.
 
-One finder in `sys.meta_path` answers all three, and keeps what it took away until it is uninstalled.
+One finder in `sys.meta_path` answers all three, and keeps what it took away until it is uninstalled. Processes that are
+started anew know nothing of it; `for_new_processes` gives them a folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -107,6 +110,45 @@ def uninstall() -> None:
         sys.meta_path.remove(finder)
         _take_away()
         sys.modules.update(finder.hidden)
+
+
+_PACKAGE = """# What `import natten` finds first in a process started by a script of `python -m natten_ops.compat`.
+import sys
+
+from natten_ops import compat
+
+del sys.modules[__name__]  # else it is a real natten, which an install does not replace
+compat.install_as_natten(version={release!r})
+"""
+
+
+@contextlib.contextmanager
+def for_new_processes(release: str) -> Iterator[None]:
+    """Let Python processes that are started meanwhile (multiprocessing's spawn, subprocess) find a release too.
+
+    They get a folder in PYTHONPATH with a package natten, which installs the release when it is imported, and its
+    metadata, so all three ways of looking say yes before anything is imported. It is in `sys.path` as well, which
+    multiprocessing hands on in place of PYTHONPATH; in this process an installed release comes first.
+    """
+    before = os.environ.get("PYTHONPATH")
+    with tempfile.TemporaryDirectory(prefix="natten_ops_compat_", ignore_cleanup_errors=True) as name:
+        files = {f"{ROOT}-{release}.dist-info/{file}": text for file, text in Distribution(release).texts.items()}
+        files[f"{ROOT}/__init__.py"] = _PACKAGE.format(release=release)
+        for file, text in files.items():
+            path = Path(name, file)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        os.environ["PYTHONPATH"] = name if not before else os.pathsep.join((name, before))
+        sys.path.insert(1, name)  # the script's own folder stays first
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ValueError):  # the script may have made a path of its own
+                sys.path.remove(name)
+            if before is None:
+                os.environ.pop("PYTHONPATH", None)
+            else:
+                os.environ["PYTHONPATH"] = before
 
 
 def _installed() -> Finder | None:

@@ -29,20 +29,20 @@ def any_nested(*tensors: Any) -> bool:
     return False
 
 
-def check_nested(nested: Named, dense: Named) -> None:
-    """Raise ValueError or TypeError unless the first are nested alike and the others, where they are there, dense."""
+def check_nested(nested: Named, dense: Named, either: Named = ()) -> None:
+    """Raise ValueError or TypeError unless the first are nested alike and those of `dense`, where there are any, dense."""
+    for name, tensor in dense:
+        if isinstance(tensor, Tensor) and tensor.is_nested:
+            raise ValueError(f"{name} is a nested tensor; it must be dense, one for all samples or one row a sample")
     for name, tensor in nested:
         if not isinstance(tensor, Tensor) or not tensor.is_nested:
             kind = "a dense tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
-            others = [other for other, t in nested if isinstance(t, Tensor) and t.is_nested]
+            others = [other for other, t in (*nested, *either) if any_nested(t)]
             raise ValueError(f"{name} is {kind} and {', '.join(others)} nested; nest all of {[n for n, _ in nested]}")
     first, leader = nested[0]
     for name, tensor in nested:
         if tensor.layout != leader.layout:
             raise ValueError(f"{name} is nested as {tensor.layout}, {first} as {leader.layout}; use one layout")
-    for name, tensor in dense:
-        if isinstance(tensor, Tensor) and tensor.is_nested:
-            raise ValueError(f"{name} is a nested tensor; it must be dense, one for all samples or one row a sample")
 
 
 def _check_sizes(named: Named, parts: Sequence[Sequence[Tensor]], axes: slice) -> None:
@@ -60,12 +60,17 @@ def _check_sizes(named: Named, parts: Sequence[Sequence[Tensor]], axes: slice) -
 
 
 def _check_rows(named: Named, samples: int) -> None:
-    """Dense tensors with one row a sample, and samples at all."""
+    """Tensors with one row a sample, nested or not, and samples at all."""
     if samples == 0:
         raise ValueError("a nested tensor without samples; give at least one")
     for name, tensor in named:
-        if tensor is not None and tensor.shape[0] != samples:
-            raise ValueError(f"{name} has {tensor.shape[0]} rows for {samples} samples; give one a sample")
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dim() == 0:
+            kind = "a tensor without dimensions" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise TypeError(f"{name} is {kind}; give a tensor with one row a sample, or None")
+        if tensor.size(0) != samples:  # strided nested tensors have no shape
+            raise ValueError(f"{name} has {tensor.size(0)} rows for {samples} samples; give one a sample")
 
 
 def _naming(sample: int, call: Callable[[], Any]) -> Any:
@@ -129,12 +134,13 @@ def _attend_lines(inputs: Any, params: NAParams, scale: float | None) -> tuple[T
     return like_lines(out, query), like_lines(lse, query)
 
 
-def lines_of(name: str, tensor: Any) -> Any:
-    """The offsets of a jagged tensor whose values are dense lines."""
-    if tensor.dim() != 4 or tensor._ragged_idx != 1 or tensor.lengths() is not None:
+def lines_of(name: str, tensor: Any, heads_first: bool = False) -> Any:
+    """The offsets of a jagged tensor whose values are dense lines; heads first, they are those of a transposed one."""
+    if tensor.dim() != 4 or tensor._ragged_idx != 1 + heads_first or tensor.lengths() is not None:
+        axes, way = ("heads, tokens", "transpose(1, 2)") if heads_first else ("tokens, heads", "contiguous()")
         raise ValueError(
             f"{name} is a jagged tensor of {tensor.dim()} dims, ragged or with holes where no tokens are; "
-            "give [samples, tokens, heads, head dim], ragged in its tokens: tensor.contiguous()"
+            f"give [samples, {axes}, head dim], ragged in its tokens: tensor.{way}"
         )
     return tensor.offsets()
 
@@ -172,31 +178,47 @@ def _check_lengths(offsets: Tensor, params: NAParams) -> None:
 # ---- in two halves -------------------------------------------------------------------------------------------------
 
 
-def by_halves(nested: Named, dense: Named, shared: Named, rank: int, call: Callable[..., Tensor]) -> Tensor:
-    """`call(sample of each, *rows of the dense ones)` over the samples; `shared` is one for all of them.
+def by_halves(nested: Named, rows: Named, shared: Named, rank: int, call: Callable[..., Tensor]) -> Tensor:
+    """`call(sample of each, row of each)` over the samples; `shared` is one for all of them.
 
-    Heads come first, so lines are ragged in dim 2.
+    Heads come first, so lines are ragged in dim 2. Rows are nested too where their samples have tokens of their own.
     """
-    check_nested(nested, [*dense, *shared])
+    check_nested(nested, shared, rows)
     jagged = nested[0][1].layout == torch.jagged
     if jagged and torch.compiler.is_compiling():
         raise ValueError("the unfused ops take jagged tensors in eager code only; use na1d, or dense tensors")
-    parts = []
-    for name, tensor in nested:
-        if jagged:
-            tensor = tensor.transpose(1, 2)  # [samples, tokens, heads, ..]
-            offsets = lines_of(name, tensor).tolist()
-            values = tensor.values()
-            parts.append([values[a:b].transpose(0, 1) for a, b in zip(offsets, offsets[1:])])
-        else:
-            parts.append(list(tensor.unbind()))
+    parts: list[list[Any]] = [_samples_of(name, tensor) for name, tensor in nested]
     _check_sizes(nested, parts, slice(1, 1 + rank))
-    _check_rows(dense, len(parts[0]))
+    _check_rows(rows, len(parts[0]))
+    for name, tensor in rows:
+        parts.append([None] * len(parts[0]) if tensor is None else _samples_of(name, tensor))
+        if jagged and tensor is not None:
+            _check_one_width(name, parts[-1])
     outs = []
-    for i, samples in enumerate(zip(*parts)):
-        extras = [None if t is None else t[i : i + 1] for _, t in dense]
-        outs.append(_naming(i, functools.partial(call, *(t[None] for t in samples), *extras))[0])
+    for i, sample in enumerate(zip(*parts)):
+        batch = [None if t is None else t[None] for t in sample]
+        outs.append(_naming(i, functools.partial(call, *batch))[0])
     if not jagged:
         return torch.nested.as_nested_tensor(outs)
     like = nested[0][1].transpose(1, 2)
     return like_lines(torch.cat([out.transpose(0, 1) for out in outs]), like).transpose(1, 2)
+
+
+def _samples_of(name: str, tensor: Any) -> list[Any]:
+    """The samples of a nested or dense tensor; torch cannot unbind jagged ones that are ragged in dim 2."""
+    if tensor.layout != torch.jagged:
+        return list(tensor.unbind())
+    offsets = lines_of(name, tensor, heads_first=True).tolist()
+    values = tensor.transpose(1, 2).values()  # [tokens, heads, ..]
+    return [values[a:b].transpose(0, 1) for a, b in zip(offsets, offsets[1:])]
+
+
+def _check_one_width(name: str, samples: Sequence[Tensor]) -> None:
+    """The slots of the logits are a dense dim of a jagged tensor, whose only ragged one is that of the tokens."""
+    counts = [sample.shape[-2] for sample in samples]
+    for i, count in enumerate(counts):
+        if count != counts[0]:
+            raise ValueError(
+                f"{name} has {count} tokens in sample {i}, {counts[0]} in sample 0; beside jagged tensors they must be "
+                "equal; nest everything with layout=torch.strided for other numbers"
+            )
