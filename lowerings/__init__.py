@@ -14,13 +14,18 @@ from pathlib import Path
 
 import torch
 
+from natten_ops import backends
+from natten_ops.geometry import params
+
 
 def salt() -> str:
-    """The version and a hash of every file in this folder and of the engine."""
+    """The version, and a hash of the engine and of every file that decides what is made of it: those of this folder, the
+    facts of backends, the geometry."""
     digest = hashlib.sha256(engine.engine_text().encode())
-    for path in sorted(Path(__file__).parent.rglob("*")):
-        if path.suffix in {".py", ".jinja"}:
-            digest.update(path.read_bytes())
+    folders = (Path(__file__).parent, Path(params.__file__).parent)
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in {".py", ".jinja"}]
+    for path in (*files, Path(backends.__file__)):
+        digest.update(path.read_bytes())
     return f"|natten_ops:{importlib.metadata.version('natten-ops')}:{digest.hexdigest()[:16]}"
 
 

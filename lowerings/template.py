@@ -20,7 +20,6 @@ import torch
 from natten_ops.lowerings._compat import (
     CppTemplate,
     LocalBufferContext,
-    V,
     cexpr_index,
     get_export_declaration,
     hints,
@@ -115,6 +114,20 @@ def _to_node(node: Any, size: list[Any], full: Any) -> Any:
     return lambda index: permute(reshape(full(index)))
 
 
+def _by_source(outs: Sequence[Any], epilogue: Sequence[Any]) -> list[list[Any]]:
+    """What follows each output, directly or not; what follows both belongs to the first, which is ready last."""
+    owner = {out.get_name(): i for i, out in enumerate(outs)}
+    for node in epilogue:
+        followed = [owner[name] for name in node.get_read_names() if name in owner]
+        if followed:
+            owner[node.get_name()] = min(followed)
+    for node in reversed(epilogue):  # what follows neither, such as random numbers, goes with its reader
+        name = node.get_name()
+        if name not in owner:
+            owner[name] = next(owner[reader.get_name()] for reader in epilogue if name in reader.get_read_names())
+    return [[node for node in epilogue if owner[node.get_name()] == i] for i in range(len(outs))]
+
+
 class ForwardTemplate(CppTemplate):
     """One fused forward. `tensors` are the op's inputs by the name of their field in csrc/problem.h, without the query if
     `producer` computes it; `extra` are the buffers that the producer reads."""
@@ -145,14 +158,11 @@ class ForwardTemplate(CppTemplate):
     ) -> str:
         # The first rendering (for benchmarking) has no template node.
         outs = getattr(template_buffer_node, "outputs", None) or [template_buffer_node or self.output_node]
-        stores = []
-        for name, out in zip(("out_buf", "lse_buf"), outs):
-            same = [
-                node
-                for node in epilogue_nodes or []
-                if V.graph.sizevars.statically_known_equals(node.get_numel(), out.get_numel())
-            ]
-            stores.append(TokenStore(name, out, same, bool(flag_template_buffer_has_other_users)))
+        following = _by_source(outs, epilogue_nodes or [])
+        stores = [
+            TokenStore(name, out, nodes, bool(flag_template_buffer_has_other_users))
+            for name, out, nodes in zip(("out_buf", "lse_buf"), outs, following)
+        ]
         outputs = {name: node for store in stores for name, node in store.kernel_outputs().items()}
         aliases = {s.out.get_name(): s.destination.get_name() for s in stores if not s.keep_plain}
         inputs = {**self.tensors, **{f"query_input{i}": node for i, node in enumerate(self.extra)}}

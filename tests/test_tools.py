@@ -133,6 +133,11 @@ def test_why_says_what_generated_code_lacks():
     assert "compiled as a call: generated code keeps the keys and scores of a tile in cache" in text
 
 
+def test_why_knows_scales():
+    text = why((8, 8), kernel_size=3, scale=-1.0)
+    assert "chosen   cpu-general" in text and "compiled as a call" in text and "scale" in text
+
+
 def test_why_gives_reasons():
     text = why((8,), kernel_size=3, device="mps")
     assert "chosen   none: no kernel of this version runs the problem" in text

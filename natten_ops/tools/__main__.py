@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     why.add_argument("--batch", type=int, default=1, help="samples (default %(default)s)")
     why.add_argument("--heads", type=int, default=1, help="query heads (default %(default)s)")
     why.add_argument("--head-dim", type=int, default=32, help="channels of a head (default %(default)s)")
+    why.add_argument("--scale", type=float, help="of the logits (default head_dim ** -0.5)")
     why.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors (default %(default)s)")
     why.add_argument("--device", default="cpu", help="of the tensors, need not be present (default %(default)s)")
     show.add_argument("--query", type=integers, required=True, metavar="Y,X", help="its coordinates, in tokens")
@@ -98,7 +99,7 @@ def _geometry(options: argparse.Namespace) -> dict[str, Any]:
 def _why(options: argparse.Namespace) -> str:
     return tools.why(
         options.shape, options.heads, options.head_dim, **_geometry(options),
-        batch=options.batch, dtype=DTYPES[options.dtype], device=torch.device(options.device),
+        batch=options.batch, scale=options.scale, dtype=DTYPES[options.dtype], device=torch.device(options.device),
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ def why(
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
     batch: int = 1,
+    scale: float | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> str:
@@ -35,6 +36,7 @@ def why(
         spatial_shape: tokens of each axis, 1 to 3 of them.
         heads, head_dim, batch: query heads, channels of a head (values too), samples.
         kernel_size, stride, dilation, is_causal: as in `natten_ops.na2d`, in tokens.
+        scale: of the logits, head_dim ** -0.5 by default.
         dtype, device: of the tensors; the device need not be present.
 
     Returns:
@@ -54,7 +56,7 @@ def why(
             raise ValueError(f"{name}={count} must be at least 1")
     size = f"batch {batch}, {heads} head{'s' * (heads > 1)} of {head_dim}"
     shape = (batch, *spatial_shape, heads, head_dim)
-    problem, whole = (_problem(params, shape, dtype, torch.device(device), whole) for whole in (False, True))
+    problem, whole = (_problem(params, shape, scale, dtype, torch.device(device), whole) for whole in (False, True))
     forward = flops.forward_flops(shape, shape, params)
     backward = flops.backward_flops(shape, shape, params, _OF_QUERY_KEY_VALUE)
     tokens = math.prod(spatial_shape)
@@ -70,12 +72,12 @@ def why(
 
 
 def _problem(
-    params: NAParams, shape: Sequence[int], dtype: torch.dtype, device: torch.device, whole: bool
+    params: NAParams, shape: Sequence[int], scale: float | None, dtype: torch.dtype, device: torch.device, whole: bool
 ) -> backends.Problem:
     if device.type != "cpu":  # the device need not be present
-        return backends.Problem(device.type, dtype, dims=(shape[-1], shape[-1]))
+        return backends.Problem(device.type, dtype, 1.0 if scale is None else scale, dims=(shape[-1], shape[-1]))
     tensor = torch.empty((), dtype=dtype, device="cpu").expand(*shape)
-    return backends.describe([tensor, tensor, tensor, None, None, None, None], params, None, None, whole)
+    return backends.describe([tensor, tensor, tensor, None, None, None, None], params, None, scale, whole)
 
 
 def _backend_lines(problem: backends.Problem, whole: backends.Problem) -> list[str]:
