@@ -3,7 +3,8 @@
 
 python -m bench.gpu --out bench/results/h200.csv
 
-First the tests on the device, then compute-sanitizer on three shapes where it is installed, then every case: ours against
+First the tests on the device, then compute-sanitizer on four shapes where it is installed (a file beside --out holds what has
+passed for this device, torch and commit, and is not repeated), then every case: ours against
 full attention by torch's SDPA, FlexAttention with our block masks, natten where it is installed, and the rate of copies.
 A row per case, backend and pass; `of_dense` is useful FLOP/s over those of cuDNN's SDPA at 16,384 tokens of the same head dim and
 heads, `of_copy` the bytes of the tensors a second over the rate of a copy. Blocks of calls are interleaved A/B/A, inputs rotate.
@@ -20,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,14 @@ from bench.run import current_commit
 FIELDS = ("case", "backend", "pass", "ms", "tflops", "of_dense", "of_copy", "against_ours", "device", "torch", "commit")
 ROOT = Path(__file__).parents[1]
 SETS = 3  # of inputs, so that no call finds its own in the cache
-SHAPES = {"line": ((300,), 31, 1), "square": ((24, 20), 7, 2), "volume": ((6, 10, 9), 3, 1)}  # tokens, kernel, dilation
+SHAPES = {
+    "line": ((300,), 31, 1),
+    "square": ((24, 20), 7, 2),
+    "volume": ((6, 10, 9), 3, 1),
+    "everything": ((20, 18), 5, 2),
+}  # tokens, kernel, dilation
+PATHS = ((torch.float16, "cuda-mma"), (torch.float32, "cuda-mma-tf32"), (torch.float32, "cuda-general"))
+SECONDS_OF_CASE = 40.0  # what the first case is expected to take, most of it in FlexAttention's compiler
 
 
 def seconds_of(function: Callable[[], Any], calls: int) -> float:
@@ -130,41 +138,58 @@ def time_case(case: Case, kind: str, rounds: int) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def run_shape(name: str) -> None:
-    """Forward and backward of a small problem in both paths: what compute-sanitizer watches."""
+def run_shape(name: str, device: str = "cuda", paths: Sequence[tuple[torch.dtype, str]] = PATHS) -> None:
+    """Forward and backward of a small problem in every path: what compute-sanitizer watches."""
     spatial, kernel, dilation = SHAPES[name]
-    for dtype, backend in ((torch.float16, "cuda-mma"), (torch.float32, "cuda-general")):
-        tensors = torch.randn(3, 1, *spatial, 2, 32, device="cuda", dtype=dtype).unbind(0)
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        out = natten_ops.neighborhood_attention(*leaves, kernel_size=kernel, dilation=dilation, backend=backend)
-        out.sum().backward()
-    torch.cuda.synchronize()
+    for dtype, backend in paths:
+        draw = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
+        heads_kv, more = 2, {}
+        if name == "everything":
+            tables = draw(2, *[2 * kernel - 1] * len(spatial)), draw(1, 70, 1, 32), draw(1, 70, 1, 32)
+            heads_kv, more = 1, dict(zip(("rpb", "additional_keys", "additional_values"), tables))
+            more["key_mask"] = torch.rand(1, *spatial, device=device) > 0.3
+        tensors = (draw(1, *spatial, heads, 32) for heads in (2, heads_kv, heads_kv))
+        out, lse = natten_ops.neighborhood_attention(
+            *tensors, kernel_size=kernel, dilation=dilation, return_lse=True, backend=backend, **more
+        )
+        (out.sum() + lse.sum()).backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def check_first() -> None:
-    """The tests on this device, and the sanitizer; ends the program where one fails."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_cuda_device.py"]
-    if subprocess.run(tests, cwd=ROOT).returncode:
-        sys.exit("tests/test_cuda_device.py failed: nothing is measured")
+def checks() -> dict[str, list[str]]:
+    """Commands by what they check: the tests on this device, and the sanitizer where it is installed."""
+    commands = {"tests/test_cuda_device.py": [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_cuda_device.py"]}
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer is not on the path: not run", file=sys.stderr)
-        return
+        return commands
     for tool, shape in itertools.product(("memcheck", "racecheck"), SHAPES):
-        command = [
-            sanitizer,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            sys.executable,
-            "-m",
-            "bench.gpu",
-            "--shape",
-            shape,
-        ]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            sys.exit(f"compute-sanitizer {tool} failed on {shape}: nothing is measured")
+        watched = [sys.executable, "-m", "bench.gpu", "--shape", shape]
+        commands[f"{tool} of {shape}"] = [sanitizer, "--tool", tool, "--error-exitcode", "9", *watched]
+    return commands
+
+
+def check_first(record: Path, deadline: float) -> None:
+    """Every check that has not passed for this device, torch and commit, by the lines of `record`.
+
+    Ends the program where one fails, or has not ended by the deadline: the next run goes on there.
+    """
+    here = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {current_commit()}"
+    passed = record.read_text().splitlines() if record.exists() else []
+    for name, command in checks().items():
+        line = f"{name}: passed on {here}"
+        if line in passed:
+            continue
+        left = max(1.0, deadline - time.monotonic())
+        try:
+            status = subprocess.run(command, cwd=ROOT, timeout=left).returncode
+        except subprocess.TimeoutExpired:
+            sys.exit(f"{name} did not end in the {left:.0f} s left: run again, which goes on there, or raise --seconds")
+        if status:
+            sys.exit(f"{name} failed: nothing is measured")
+        with record.open("a") as stream:
+            stream.write(f"{line}\n")
 
 
 def done_already(path: Path) -> set[tuple[str, str]]:
@@ -176,11 +201,32 @@ def done_already(path: Path) -> set[tuple[str, str]]:
     return {(row["case"], row["pass"]) for row in rows if (row["device"], row["torch"], row["commit"]) == here}
 
 
+def measure(path: Path, rounds: int, deadline: float) -> None:
+    """Appends the rows that are not there; no case begins that would end after the deadline if it took as long as the longest."""
+    done, fresh, longest = done_already(path), not path.exists(), SECONDS_OF_CASE
+    with path.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, FIELDS)
+        if fresh:
+            writer.writeheader()
+        for case, kind in itertools.product(GPU_CASES, ("forward", "backward")):
+            begin = time.monotonic()
+            if (case.name, kind) in done:
+                continue
+            if begin + longest > deadline:
+                print(f"no time left for {case.name} {kind} and what follows: run again", file=sys.stderr)
+                return
+            print(f"{case.name} {kind}", file=sys.stderr)
+            for row in list(time_case(case, kind, rounds)):  # all or none: a case that was cut off is not done
+                writer.writerow(row)
+            stream.flush()
+            longest = max(longest, time.monotonic() - begin)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/gpu.csv")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=460, help="after which no further case is begun")
+    parser.add_argument("--seconds", type=float, default=460, help="in which everything ends, checks included")
     parser.add_argument("--unchecked", action="store_true", help="leave the tests and the sanitizer out")
     parser.add_argument("--shape", choices=SHAPES, help="only run this small problem, for a sanitizer")
     options = parser.parse_args()
@@ -188,21 +234,10 @@ def main() -> None:
         sys.exit("bench.gpu needs a CUDA device, and torch finds none here")
     if options.shape:
         return run_shape(options.shape)
-    begin, done = time.monotonic(), done_already(options.out)
-    if not done and not options.unchecked:
-        check_first()
-    fresh = not options.out.exists()
-    with options.out.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, FIELDS)
-        if fresh:
-            writer.writeheader()
-        for case, kind in itertools.product(GPU_CASES, ("forward", "backward")):
-            if (case.name, kind) in done or time.monotonic() - begin > options.seconds:
-                continue
-            print(f"{case.name} {kind}", file=sys.stderr)
-            for row in time_case(case, kind, options.rounds):
-                writer.writerow(row)
-                stream.flush()
+    deadline = time.monotonic() + options.seconds
+    if not options.unchecked:
+        check_first(options.out.with_suffix(".checked"), deadline)
+    measure(options.out, options.rounds, deadline)
 
 
 if __name__ == "__main__":

@@ -58,13 +58,14 @@ NATTEN_HOST_DEVICE inline int64_t table_size(const Problem& p) {
 }
 
 // Places in a dilation group of the queries that see a key (an index of the grid) on an axis; of the inverse window those that this
-// problem holds: [q_origin, q_origin + q_shape).
+// problem holds: [q_origin, q_origin + q_shape). Spans of keys in their order are in that order too, empty ones as well.
 NATTEN_HOST_DEVICE inline Span queries_of(const Problem& p, int a, int64_t key) {
   const int64_t dilation = p.axis[a].dilation;
   Span span = inverse_window(p.axis[a], key);
   const int64_t low = larger(p.q_origin[a] - span.group, 0), stop = p.q_origin[a] + p.q_shape[a] - span.group;
-  span.first = larger(span.first, ceil_div(low, dilation));
-  span.end = larger(smaller(span.end, stop <= 0 ? 0 : ceil_div(stop, dilation)), span.first);
+  const int64_t begin = ceil_div(low, dilation), end = stop <= 0 ? 0 : ceil_div(stop, dilation);
+  span.first = smaller(larger(span.first, begin), end);
+  span.end = larger(smaller(span.end, end), span.first);
   return span;
 }
 

@@ -73,7 +73,7 @@ def _load_cuda() -> tuple[str | None, str]:
         return None, f"torch {torch.__version__} is a build without CUDA"
     path = _find(CUDA_LIBRARY)
     if path is None:
-        return None, "natten_ops was built where CMake found no nvcc, or no CUDA build of torch"
+        return None, "natten_ops was built where CMake found no nvcc of a version that fits, or no CUDA build of torch"
     try:
         if path not in torch.ops.loaded_libraries:
             torch.ops.load_library(path)
@@ -91,9 +91,13 @@ def why_no_cuda_kernels() -> str:
     """How this process came to have no CUDA kernels, and how to get them; empty if it has them."""
     if has_cuda_kernels:
         return ""
+    if torch.version.cuda is None:
+        first, newest = "install a CUDA build of torch, then ", "torch's CUDA"
+    else:
+        first, newest = "", f"CUDA {torch.version.cuda.split('.')[0]}, torch's,"
     return (
-        f"{CUDA_LIBRARY} is not loaded: {_why_no_cuda}; with a CUDA build of torch and nvcc 12 or newer, run "
-        f"`pip install --no-build-isolation .` in the source folder"
+        f"{CUDA_LIBRARY} is not loaded: {_why_no_cuda}; {first}put an nvcc of the major version of {newest} or an older "
+        f"one, at least 12, on the path and run `make cuda` in the source folder"
     )
 
 

@@ -7,6 +7,7 @@ The facts also make the table in the README. Ids are those of `csrc/arguments.h`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +17,20 @@ from torch import Tensor
 from natten_ops import _library
 from natten_ops.geometry.params import Box, NAParams
 
-PREFER_TF32 = (
-    -5
-)  # what the kernels are told where torch's flag allows tf32: `cuda-mma-tf32` if it takes the problem, else choose
+# What the kernels are told where torch's flag allows tf32: `cuda-mma-tf32` if it takes the problem, else choose.
+PREFER_TF32 = -5
 ALL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+# What the tensor-core kernels count in 32 bits, and fewer than how much: a box of keys may reach 1024 tokens beyond the end of an
+# axis, and 64 queries walk their windows together.
+_LIMITS = {
+    "samples or heads": 2**31,
+    "tokens on an axis": 2**31 - 1025,
+    "tokens in a window": (2**31 - 1) // 64,
+    "additional tokens": 2**31 - 1025,
+    "entries in a head's bias table": 2**31 - 1,
+}
 
 
 class Problem(NamedTuple):
@@ -39,6 +50,7 @@ class Problem(NamedTuple):
     dims: tuple[int, int] = (8, 8)  # head dim and value dim
     aligned: bool = True  # rows begin at multiples of 16 bytes and lie densely
     capability: int = 80  # of a CUDA device, times ten
+    counts: tuple[int, ...] = ()  # of _LIMITS
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} tensors on {self.device}"
@@ -69,7 +81,7 @@ class Backend(NamedTuple):
     in_cuda_library: bool = False
     dims: tuple[int, int] | None = None  # head dims are multiples of the first, at most the second
     capability: int = 0  # of the device, times ten, at least
-    named_only: bool = False  # never the choice of the kernels themselves
+    named_only: bool = False  # the kernels choose it only where torch allows tf32 in products
 
     def why_not(self, problem: Problem) -> list[str]:
         """Every reason why this backend cannot run the problem; empty if it can."""
@@ -92,23 +104,32 @@ class Backend(NamedTuple):
                 f"keeps the keys and scores of a tile in cache, {problem.tile_bytes} bytes here, "
                 f"at most {self.max_tile_bytes}: {_what_is_large(problem)} is too large"
             )
+        if problem.capability < self.capability:
+            least, has = self.capability / 10, problem.capability / 10
+            reasons.append(f"takes devices of compute capability {least} and up, not {has}")
         return reasons + self._why_not_tensor_cores(problem) + self._why_not_flex(problem)
 
-    def _why_not_tensor_cores(self, problem: Problem) -> list[str]:
-        """What matrix instructions need of tensors and devices."""
-        reasons = []
-        if self.dims is not None and any(n % self.dims[0] or not 0 < n <= self.dims[1] for n in problem.dims):
-            step, most = self.dims
-            reasons.append(f"takes head dims that are multiples of {step}, {step} to {most}, not {problem.dims}")
-        if self.dims is not None and not problem.aligned:
-            reasons.append("takes rows that begin at multiples of 16 bytes and lie densely: call contiguous()")
-        if self.dims is not None and 0 < problem.scale < 2**-126:
-            reasons.append(f"takes scales that are positive as float32, not {problem.scale}")
-        if problem.capability < self.capability:
-            reasons.append(
-                f"takes devices of compute capability {self.capability / 10} and up, not {problem.capability / 10}"
-            )
+    def why_not_chosen(self, problem: Problem, prefers_tf32: bool) -> list[str]:
+        """Every reason why the kernels do not choose this backend where none is named."""
+        reasons = self.why_not(problem)
+        if self.named_only and not prefers_tf32 and not reasons:
+            reasons.append("runs only when named, or where torch allows tf32 in products")
         return reasons
+
+    def _why_not_tensor_cores(self, problem: Problem) -> list[str]:
+        """What matrix instructions need of tensors, and what their kernels count."""
+        if self.dims is None:
+            return []
+        (step, most), reasons = self.dims, []
+        if any(n % step or not 0 < n <= most for n in problem.dims):
+            reasons.append(f"takes head dims that are multiples of {step}, {step} to {most}, not {problem.dims}")
+        if not problem.aligned:
+            reasons.append("takes rows that begin at multiples of 16 bytes and lie densely: call contiguous()")
+        # What float32 rounds to neither zero nor infinity; scales that are not positive have a reason of their own.
+        if problem.scale > 0 and not 2**-150 < problem.scale < 2**128 - 2**103:
+            reasons.append(f"takes scales that are positive and finite as float32, not {problem.scale}")
+        counted = zip(_LIMITS.items(), problem.counts)
+        return reasons + [f"takes fewer than {limit} {what}, not {n}" for (what, limit), n in counted if n >= limit]
 
     def _why_not_flex(self, problem: Problem) -> list[str]:
         """What FlexAttention lacks."""
@@ -248,8 +269,22 @@ def describe(
         "dims": dims,
         "aligned": query.device.type != "cuda" or all(t is None or _is_aligned(t) for t in inputs[:5]),
         "capability": capability,
+        "counts": _count(inputs, params, box),
     }
     return Problem(query.device.type, query.dtype, 1.0 if scale is None else scale, min(dims), tile_bytes, **facts)
+
+
+def _count(inputs: Sequence[Tensor | None], params: NAParams, box: Box | None) -> tuple[int, ...]:
+    """In the order of _LIMITS."""
+    query, _, _, additional_keys, _, rpb, _ = inputs
+    assert query is not None
+    return (
+        max(query.shape[0], query.shape[-2]),
+        max(query.shape[1:-2] if box is None else box.extent),
+        math.prod(params.kernel_size),
+        0 if additional_keys is None else additional_keys.shape[1],
+        0 if rpb is None else math.prod(rpb.shape[1:]),
+    )
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -286,10 +321,10 @@ def by_name(name: str) -> Backend:
     raise ValueError(f"backend={name!r} is unknown; the backends of this version are {', '.join(NAMES)}")
 
 
-def choose(problem: Problem) -> Backend:
+def choose(problem: Problem, prefers_tf32: bool = False) -> Backend:
     """The first backend that is a kernel and has no reason against the problem; raises with every reason if none."""
     for backend in BACKENDS:
-        if backend.id is not None and not backend.named_only and not backend.why_not(problem):
+        if backend.id is not None and not backend.why_not_chosen(problem, prefers_tf32):
             return backend
     raise ValueError(_no_backend(problem))
 
@@ -297,8 +332,8 @@ def choose(problem: Problem) -> Backend:
 def why_not_inlined(problem: Problem) -> list[str]:
     """Every reason why compiled code calls the kernels; empty if it holds the tiled one, fused with its neighbours.
 
-    Where both could be the code is inlined: alone it takes as long as the call (docs/compile.md), and whatever follows or
-    precedes it costs less. The choice needs no trial, and packages that hold the code need no library.
+    Where both could be the code is inlined: what follows or precedes it costs less, and whole models never take longer
+    (docs/compile.md, 'How fast'). The choice needs no trial, and packages that hold the code need no library.
     """
     return by_name("cpu-tiled").why_not(problem)
 

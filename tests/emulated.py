@@ -7,12 +7,13 @@ After every call the emulator's findings (races, stray accesses, divergence, dea
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
 import hashlib
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"
 FIXED, REVERSED, RANDOM = 0, 1, 2
 LATE, EARLY, ANY_TIME = 0, 1, 2
 SCHEDULES = ((FIXED, LATE, 1), (REVERSED, EARLY, 1), (RANDOM, ANY_TIME, 7))
+CAPABILITY, SHARED_BYTES = 90, 227 << 10  # of the device that emulator.h begins with
 GRADIENTS = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
 
 
@@ -78,6 +80,17 @@ def findings() -> str:
     text = ctypes.create_string_buffer(1 << 16)
     library().natten_emulation_findings(text, ctypes.c_size_t(len(text)))
     return text.value.decode()
+
+
+@contextlib.contextmanager
+def device(capability: int = CAPABILITY, shared_bytes: int = SHARED_BYTES, error: str = "") -> Iterator[None]:
+    """Another device than an H100 for the kernels to be chosen for, or one whose launches all report `error`."""
+    change = library().natten_emulation_device
+    change(capability, ctypes.c_int64(shared_bytes), error.encode())
+    try:
+        yield
+    finally:
+        change(CAPABILITY, ctypes.c_int64(SHARED_BYTES), b"")
 
 
 def call(name: str, *args: Any, schedules: Any = SCHEDULES, **kwargs: Any) -> tuple[Tensor, ...]:

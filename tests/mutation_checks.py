@@ -279,6 +279,8 @@ OF_GENERAL = {
 # ---- tensor cores ------------------------------------------------------------------------------------------------------
 # Row tiles of 64 tokens, boxes of 64 or 32: several of each, at borders, in part, and boxes that need no mask.
 TILES = {
+    # Keys that no query sees: no box of queries is between the copies of their rows, by all warps, and their results.
+    "unseen_keys": AllKeys((20, 12), (3, 3), batch=1, heads=1, box=((1, 2), (2, 3)), head_dim=32),
     "dead_rows": Problem((6, 5), (2, 1), mask=True),
     "biased_line": Problem((128,), (128,), rpb=True, batch=1, heads=1),  # boxes that would be full
     "causal_line": Problem((320,), (127,), is_causal=(True,), batch=1, heads=1),  # full but for one column

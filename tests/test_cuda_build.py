@@ -2,17 +2,20 @@
 """What nvcc makes of the CUDA kernels: no spills, registers within their ceilings, tensor-core instructions, few per score.
 
 Needs nvcc (any GPU or none); the counts of instructions need nvdisasm too. One instantiation of each kernel in `make test`,
-all of them by `make test-cuda-build`.
+all of them by `make test-cuda-build`. And what `bench.gpu` does before it measures them, which needs no GPU.
 """
 
 import re
 import shutil
 import subprocess
+import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "csrc/cuda"
@@ -29,11 +32,26 @@ REGISTERS = {
     "QueryGradient": {16: 144, 32: 152, 64: 184, 128: 176, 256: 200},
     "KeyGradient": {16: 144, 32: 176, 64: 200, 128: 240, 256: 208},
 }
-# Of the general path: kernels that a test compiles for devices of compute capability 7.5.
-GENERAL = [
-    "Delta<float>", "RowsOfQuery<float,1,false>", "RowsOfKey<float,1,false>", "SumOfBias<float,false>",
-    "Logits<float>", "RowsOfQuery<float,1,true>", "RowsOfKey<float,1,true>", "RowsOfToken<float,1,true>",
-]  # fmt: skip
+# Of the general path: every kernel, and a source with each for float32 and float16 and the fewest registers of a row.
+GENERAL = (
+    "Forward", "Delta", "RowsOfQuery", "RowsOfKey", "RowsOfToken", "SumOfTokenParts", "SumOfBias", "SumOfBiasParts", "Logits",
+)  # fmt: skip
+GENERAL_SOURCE = """
+#include "KERNELS/launch.h"
+namespace natten::cuda {
+namespace {
+template <class Make> const char* two_elements(Dtype dtype, const Make& make) {
+  return dtype == Dtype::float32 ? make(float()) : make(ptx::f16());
+}
+template <class Make> const char* fewest_registers(int64_t, const Make& make) { return make(Registers<1>()); }
+}  // namespace
+}  // namespace natten::cuda
+#define with_element two_elements
+#define with_registers fewest_registers
+#include "KERNELS/general/forward.cu"
+#include "KERNELS/general/backward.cu"
+#include "KERNELS/general/unfused.cu"
+"""
 
 
 def nvcc(source, folder, arch="80", *flags):
@@ -84,13 +102,13 @@ def test_tensor_core_kernels_do_not_spill(name, tmp_path):
 def test_general_kernels_compile_for_old_devices_without_spills(tmp_path):
     """PTX for 7.5 is what devices without a build of their own get."""
     source = tmp_path / "general.cu"
-    kernels = [f"each_warp<{body}>" for body in GENERAL]
-    source.write_text(
-        f'#include "{KERNELS}/general/backward.cu"\n#include "{KERNELS}/general/unfused.cu"\n'
-        f"namespace natten::cuda::general {{\nconst void* kernels[] = {{{', '.join(f'(const void*){k}' for k in kernels)}}};\n}}\n"
-    )
+    source.write_text(GENERAL_SOURCE.replace("KERNELS", str(KERNELS)))
     _, facts = nvcc(source, tmp_path, "75")
     assert_no_spills(facts)
+    seen = {re.search(rf"each_warpI.*?\d({'|'.join(GENERAL)})I(f|.*3f16)", name).groups() for name, _, _ in facts}
+    assert {(name, element[-3:]) for name, element in seen} == {
+        (name, type_) for name in GENERAL for type_ in ("f", "f16")
+    }
 
 
 def main_loop(cubin):
@@ -134,7 +152,36 @@ def test_every_kernel_of_the_library(arch, tmp_path):
         )
     facts = [fact for _, found in done for fact in found]
     assert_no_spills(facts)
+    seen = set()
     for name, _, registers in facts:
         which = re.search(r"3f16ENS\d_\d+(Forward|QueryGradient|KeyGradient)IS\d_Li(\d+)ELb0", name)
         if which:
-            assert registers <= REGISTERS[which.group(1)][int(which.group(2))], name
+            kernel, dim = which.group(1), int(which.group(2))
+            seen.add((kernel, dim))
+            assert registers <= REGISTERS[kernel][dim], name
+    assert seen == {(kernel, dim) for kernel, ceilings in REGISTERS.items() for dim in ceilings}
+
+
+# ---- bench.gpu ---------------------------------------------------------------------------------------------------------
+
+
+def test_checks_that_passed_are_not_repeated_and_none_outlasts_the_limit(tmp_path, monkeypatch):
+    """The file beside the rows says what has passed; what takes too long or fails ends the program and is not in it."""
+    gpu = pytest.importorskip("bench.gpu")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    ran = tmp_path / "ran"
+    append = [sys.executable, "-c", f"open({str(ran)!r}, 'a').write('x')"]
+    record = tmp_path / "gpu.checked"
+    for second, message in (("import time; time.sleep(60)", "raise --seconds"), ("raise SystemExit(1)", "b failed")):
+        commands = {"a": append, "b": [sys.executable, "-c", second]}
+        monkeypatch.setattr(gpu, "checks", lambda commands=commands: commands)
+        with pytest.raises(SystemExit, match=message):
+            gpu.check_first(record, time.monotonic() + 3)
+        assert ran.read_text() == "x"
+        assert record.read_text().startswith("a: passed on H200, torch ") and record.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("shape", ["line", "everything"])
+def test_what_the_sanitizer_watches_runs(shape):
+    gpu = pytest.importorskip("bench.gpu")
+    gpu.run_shape(shape, "cpu", ((torch.float32, "cpu-tiled"),))

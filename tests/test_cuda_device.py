@@ -8,11 +8,11 @@ import dense
 import pytest
 import torch
 from dense import worst
-from halves import av, finite, halved, make, qk
+from halves import av, finite, halved, make, present, qk, replaced
 from halves import in_double as halves_in_double
 from hypothesis import given, settings
-from samples import DTYPES, EMPTY, NAMED, Problem, differentiable, problems, run, with_tensors
-from test_cuda_mma import FULL, HALVES, fitting, fitting_problems
+from samples import DTYPES, EMPTY, NAMED, Problem, differentiable, in_double, problems, run, with_tensors
+from test_cuda_mma import FULL, HALVES, PATHS, fitting, fitting_problems
 
 import natten_ops
 from natten_ops import backends, reference
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and natten_ops._library.has_cuda_kernels),
     reason="needs a CUDA device and libnatten_ops_cuda.so",
 )
-GENERAL, MMA = (backends.by_name(name).id for name in ("cuda-general", "cuda-mma"))
+GENERAL, MMA, TF32 = (backends.by_name(name).id for name in ("cuda-general", "cuda-mma", "cuda-mma-tf32"))
 
 
 def compare(problem, dtype, backend=0):
@@ -34,7 +34,7 @@ def compare(problem, dtype, backend=0):
         gradients = torch.autograd.grad(out, leaves, grad_out.cuda())
         return out.cpu(), lse.cpu(), [gradient.cpu() for gradient in gradients]
 
-    dense.compare(problem, dtype, attend, cuda=True)
+    dense.compare(problem, dtype, attend, cuda=True, tf32=backend == TF32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,8 +46,14 @@ def test_named_problems(name, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", {**NAMED, **FULL})
 def test_named_problems_on_tensor_cores(name, dtype):
-    for head_dim in (16, 64, 128):
+    for head_dim in (16, 64, 128, 256):
         compare(fitting({**NAMED, **FULL}[name], head_dim=head_dim), dtype, MMA)
+
+
+@pytest.mark.parametrize("name", {**NAMED, **FULL})
+def test_named_problems_in_tf32(name):
+    for head_dim in (16, 64, 128):
+        compare(fitting({**NAMED, **FULL}[name], head_dim=head_dim), torch.float32, TF32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,17 +70,50 @@ def test_any_problem_on_tensor_cores(dtype, problem):
     compare(problem, dtype, MMA)
 
 
-@pytest.mark.parametrize("name", {**NAMED, **EMPTY})
-def test_halves(name):
-    problem = halved({**NAMED, **EMPTY}[name])
-    tensors = make(problem, torch.float32)
-    on_device = type(tensors)(*(None if t is None else t.cuda() for t in tensors))
-    exact = halves_in_double(tensors)
-    for half in (qk, av):
-        want = half(exact, problem, reference)
-        assert worst(finite(half(on_device, problem)).cpu(), finite(want)) <= 2e-5 * max(
-            1.0, finite(want).abs().max().item() if want.numel() else 0
+@given(problem=fitting_problems())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_problem_in_tf32(problem):
+    compare(problem, torch.float32, TF32)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["everything", "strided", "box"])
+def test_gradients_of_the_lse_with_and_without_those_of_the_output(name, path):
+    backend, dtype, tolerance, shaped = PATHS[path]
+    problem = shaped(NAMED[name])
+    inputs = problem.make(dtype)
+    on_device = inputs._replace(**{n: t.cuda() for n, t in inputs._asdict().items() if t is not None})
+    leaves = [t.detach().requires_grad_() for t in differentiable(on_device)]
+    out, lse = run(with_tensors(on_device, leaves), problem, backend)
+    grad_out = torch.randn_like(out)
+    grad_lse = torch.randn_like(lse) * torch.isfinite(lse)
+    for outputs, grads in (((out, lse), (grad_out, grad_lse)), ((lse,), (grad_lse,))):
+        have = torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
+        of_out = grad_out if len(grads) == 2 else torch.zeros_like(out)
+        exact = reference.backward(
+            of_out.cpu().double(), grad_lse.cpu().double(), in_double(inputs), *problem.geometry(), problem.scale
         )
+        for gradient, truth in zip(have, differentiable(exact)):
+            assert worst(gradient.cpu(), truth) <= tolerance * max(1.0, truth.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", {**NAMED, **EMPTY})
+def test_halves(name, dtype):
+    """Both outputs, and every gradient of both."""
+    problem = halved({**NAMED, **EMPTY}[name])
+    tensors = make(problem, dtype)
+    tolerance = 2e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    gradients, results = [torch.randn(t.shape).to(dtype) for t in (tensors.attn, tensors.value)], []
+    for device, source, module in (("cuda", tensors, torch.ops.natten), ("cpu", halves_in_double(tensors), reference)):
+        leaves = [t.to(device).detach().requires_grad_() for t in present(source)]
+        placed = replaced(source, leaves)
+        outputs = finite(qk(placed, problem, module)), av(placed, problem, module)
+        grads = [given.to(t) for given, t in zip(gradients, outputs)]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, grads)])
+    for have, want in zip(*results):
+        assert have.dtype == dtype
+        assert worst(have.cpu(), want) <= tolerance * max(1.0, want.abs().max().item() if want.numel() else 0)
 
 
 def large(dtype=torch.bfloat16):

@@ -4,18 +4,20 @@
 import ctypes
 import dataclasses
 import math
+import re
 
 import emulated
 import pytest
 import torch
+from dense import worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import NAMED, Problem, problems
+from samples import EMPTY, NAMED, Problem, differentiable, in_double, problems
 
-from natten_ops import backends
+from natten_ops import backends, reference
 from natten_ops.geometry.params import axis_window
 
-MMA, TF32 = (backends.by_name(name).id for name in ("cuda-mma", "cuda-mma-tf32"))
+GENERAL, MMA, TF32 = (backends.by_name(name).id for name in ("cuda-general", "cuda-mma", "cuda-mma-tf32"))
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -94,6 +96,50 @@ def test_several_tiles_with_boxes_that_need_no_mask(name):
     emulated.compare(fitting(FULL[name], head_dim=16), torch.float16, MMA)
 
 
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_problems_by_choice(name):
+    for problem in (EMPTY[name], fitting(EMPTY[name])):
+        emulated.compare(problem, torch.float16, 0)
+
+
+# Every path in the dtype that tells most of it, the error that it may make of a gradient, and what it makes of a problem.
+PATHS = {
+    "cuda-general": (GENERAL, torch.float64, 1e-12, lambda problem: problem),
+    "cuda-mma": (MMA, torch.float16, 4e-3, fitting),
+    "cuda-mma-tf32": (TF32, torch.float32, 4e-3, fitting),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["everything", "strided", "box"])
+def test_gradients_of_both_outputs_and_of_the_lse_alone(name, path):
+    number, dtype, tolerance, shaped = PATHS[path]
+    problem = shaped(NAMED[name])
+    inputs = problem.make(dtype)
+    outputs = emulated.forward(inputs, problem, number)
+    grad_lse = torch.randn_like(outputs[1]) * torch.isfinite(outputs[1])
+    for grad_out in (torch.randn_like(outputs[0]), None):
+        grads = torch.zeros_like(outputs[0]) if grad_out is None else grad_out, grad_lse
+        exact = reference.backward(*(g.double() for g in grads), in_double(inputs), *problem.geometry(), problem.scale)
+        have = emulated.backward((grad_out, grad_lse), outputs, inputs, problem, backend=number)
+        for gradient, truth in zip(emulated.gradients_of(inputs, have), differentiable(exact)):
+            assert worst(gradient, truth) <= tolerance * max(1.0, truth.abs().max().item())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("which", range(6))
+def test_one_gradient_alone_has_the_same_bits(which, path):
+    number, dtype, _, shaped = PATHS[path]
+    problem = shaped(NAMED["everything"])
+    inputs = problem.make(dtype)
+    outputs = emulated.forward(inputs, problem, number)
+    grads = torch.randn_like(outputs[0]), torch.randn_like(outputs[1])
+    together = emulated.backward(grads, outputs, inputs, problem, backend=number)
+    alone = emulated.backward(grads, outputs, inputs, problem, needed=[i == which for i in range(6)], backend=number)
+    assert torch.equal(alone[which], together[which])
+    assert all(alone[i].numel() == 0 for i in range(6) if i != which)
+
+
 def test_packed_projections_are_read_in_place():
     problem = Problem((9, 7), (3, 5), heads=4, group=2, head_dim=16, packed=True)
     inputs = problem.make(torch.float16)
@@ -117,26 +163,48 @@ def test_what_the_mask_hides_may_be_nan():
     assert all(torch.isfinite(t).all() for t in [*outputs, *gradients])
 
 
+def by_record(inputs, problem):
+    """The reasons that the record of cuda-mma has against a problem, as if it lay on a device."""
+    described = backends.describe(list(inputs), *problem.geometry(), problem.scale)
+    aligned = all(backends._is_aligned(tensor) for tensor in inputs[:3])
+    return backends.by_name("cuda-mma").why_not(described._replace(device="cuda", aligned=aligned))
+
+
 def test_a_problem_that_does_not_fit_is_refused_by_name_and_taken_by_choice():
     problem = NAMED["plain"]
     odd = Problem((7, 9), (3, 5), head_dim=12)
     shifted = problem.make(torch.float16)
     storage = torch.empty(shifted.key.numel() + 4, dtype=torch.float16)[4:]
     shifted = shifted._replace(key=storage.view(shifted.key.shape).copy_(shifted.key))
-    refused = {
+    misfits = {
         "takes float16": (problem, problem.make(torch.float32)),
         "multiples of 8": (odd, odd.make(torch.float16)),
         "multiples of 16 bytes": (problem, shifted),
     }
-    for reason, (case, inputs) in refused.items():
-        with pytest.raises(RuntimeError, match=reason):
-            emulated.forward(inputs, case, MMA)
-        general = emulated.forward(inputs, case, backends.by_name("cuda-general").id)
-        assert all(torch.equal(a, b) for a, b in zip(emulated.forward(inputs, case), general))
-        aligned = all(backends._is_aligned(tensor) for tensor in inputs[:3])
-        described = backends.describe(list(inputs), *case.geometry(), None)
-        described = described._replace(device="cuda", capability=90, aligned=aligned)
-        assert any(reason in text for text in backends.by_name("cuda-mma").why_not(described))
+    for reason, (case, inputs) in misfits.items():
+        assert reason in refused(inputs, case)
+        assert any(reason in text for text in by_record(inputs, case))
+
+
+def refused(inputs, problem, backend=MMA):
+    """What a named backend says of a problem that choice gives to the general path."""
+    with pytest.raises(RuntimeError, match=r"use 0 \(choose\) or 3 \(cuda-general\)") as caught:
+        emulated.forward(inputs, problem, backend)
+    chosen, general = (emulated.forward(inputs, problem, number) for number in (0, GENERAL))
+    assert all(torch.equal(a, b) for a, b in zip(chosen, general))
+    return str(caught.value)
+
+
+def test_a_device_that_is_too_old_or_too_small_takes_the_general_path():
+    problem = Problem((9, 7), (3, 5), batch=1, heads=1, head_dim=256)
+    inputs = problem.make(torch.float16)
+    with emulated.device(capability=75):
+        assert "takes devices of compute capability 8.0 and up" in refused(inputs, problem)
+    with emulated.device(shared_bytes=64 << 10):
+        assert "takes more shared memory than a block of this device has" in refused(inputs, problem)
+    with emulated.device(capability=86, shared_bytes=99 << 10):  # the least of all devices
+        emulated.compare(problem, torch.float16, MMA)
+        emulated.compare(dataclasses.replace(problem, head_dim=128), torch.float32, TF32)
 
 
 # ---- tiles -------------------------------------------------------------------------------------------------------------
@@ -203,7 +271,7 @@ def test_gradients_come_as_they_come(backend):
         assert all(torch.equal(a, b) for a, b in zip(have, want))
     grad_lse = torch.randn_like(lse)
     have = emulated.backward((None, grad_lse), outputs, inputs, problem, backend=number)
-    want = emulated.backward((None, grad_lse), outputs, inputs, problem, backend=backends.by_name("cuda-general").id)
+    want = emulated.backward((None, grad_lse), outputs, inputs, problem, backend=GENERAL)
     assert all(torch.equal(a, b) for a, b in zip(have, want))
 
 
@@ -229,8 +297,7 @@ EXTREME = {
 def test_extreme_grids(name):
     problem = EXTREME[name]
     inputs = problem.make(torch.float16)
-    general = backends.by_name("cuda-general").id
-    mma, plain = (emulated.forward(inputs, problem, number) for number in (MMA, general))
+    mma, plain = (emulated.forward(inputs, problem, number) for number in (MMA, GENERAL))
     torch.testing.assert_close(mma[0], plain[0], atol=2e-3, rtol=0)
     torch.testing.assert_close(mma[1], plain[1], atol=1e-4, rtol=0)
 
@@ -251,3 +318,5 @@ def test_what_32_bits_do_not_hold_is_refused():
     for reason, (problem, tensors) in cases.items():
         with pytest.raises(RuntimeError, match=reason):
             emulated.forward(tensors, problem, MMA)
+        (text,) = [text for text in by_record(tensors, problem) if "not loaded" not in text]
+        assert text.startswith("takes fewer than 21474") or re.match(reason, text)

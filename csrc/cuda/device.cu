@@ -5,7 +5,7 @@
 namespace natten::cuda {
 
 #if defined(NATTEN_EMULATE)
-DeviceFacts current_device() { return {90, 227 << 10}; }
+DeviceFacts current_device() { return {emu::device().capability, emu::device().shared_bytes}; }
 #else
 DeviceFacts current_device() {
   int device = 0, major = 0, minor = 0, bytes = 0;

@@ -10,9 +10,18 @@
 
 namespace natten::cuda {
 
-inline void require(const char* error, const Problem& p) {
+inline const char* name_of(Dtype dtype) {
+  constexpr const char* kNames[] = {"float64", "float32", "float16", "bfloat16"};  // in the order of Dtype
+  return kNames[int(dtype)];
+}
+
+// Everything that chooses a kernel and its grid: a launch that the driver refuses may be refused for any of it.
+inline void require(const char* error, const Problem& p, Dtype dtype) {
+  const Axis(&axis)[kAxes] = p.axis;
   STD_TORCH_CHECK(!error, "natten: CUDA reports an error at a kernel for ", p.batch, " x ", p.q_shape[0], " x ", p.q_shape[1], " x ", p.q_shape[2],
-                  " queries, ", p.heads, " heads of ", p.head_dim, " and ", p.value_dim, ": ", error ? error : "");
+                  " ", name_of(dtype), " queries, ", p.heads, " heads of ", p.head_dim, " and ", p.value_dim, ", kernel size ", axis[0].kernel, " x ",
+                  axis[1].kernel, " x ", axis[2].kernel, ", dilation ", axis[0].dilation, " x ", axis[1].dilation, " x ", axis[2].dilation, ": ",
+                  error ? error : "");
 }
 
 template <class System> struct Gpu {
@@ -34,7 +43,7 @@ template <class System> struct Gpu {
     const Dtype dtype = dtype_of(query);
     System::expose(p, dtype, 0);
     const auto pass = takes_tiles(p, dtype, false, backend) ? tiles::forward : general::forward;
-    require(pass(p, dtype, System::stream(query)), p);
+    require(pass(p, dtype, System::stream(query)), p, dtype);
   }
 
   static void backward(Problem& p, const Tensor& lse, std::vector<Tensor>& gradients, int64_t rank, int64_t backend) {
@@ -68,7 +77,7 @@ template <class System> struct Gpu {
     const Tensor partials = torch::stable::new_empty(like, Integers{size}, lse_dtype(like));
     p.partials = partials.data_ptr();
     System::expose(p, dtype, size);
-    require(pass(p, dtype, System::stream(like)), p);
+    require(pass(p, dtype, System::stream(like)), p, dtype);
   }
 };
 

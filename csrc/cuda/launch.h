@@ -7,7 +7,10 @@
 #include "ptx.h"
 
 #if defined(NATTEN_EMULATE)
-namespace emu { inline Config& config() { static Config the; return the; } }  // set by the tests
+namespace emu {  // set by the tests
+inline Config& config() { static Config the; return the; }
+inline Device& device() { static Device the; return the; }
+}
 #endif
 
 namespace natten::cuda {
@@ -31,6 +34,7 @@ struct Work {
 template <class Kernel, class Given>
 const char* start(Kernel kernel, int64_t blocks, int threads, int shared, const Given& given, [[maybe_unused]] Stream stream) {
 #if defined(NATTEN_EMULATE)
+  if (!emu::device().error.empty()) return emu::device().error.c_str();
   emu::launch({int(blocks), 1, 1}, threads, uint32_t(shared), emu::config(), [&] { kernel(given); });
   return nullptr;
 #else

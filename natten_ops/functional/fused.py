@@ -7,9 +7,8 @@ from here that names the argument, its value, the bound and the way out.
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +19,14 @@ from natten_ops.functional import nested
 from natten_ops.geometry.block_masks import block_mask
 from natten_ops.geometry.masks import score_mod
 from natten_ops.geometry.params import Box, NAParams, make_box, make_params
-from natten_ops.ops._register import AUTOCAST_KEYS, direct, no_autocast, past_autograd, records_derivatives
+from natten_ops.ops._register import (
+    AUTOCAST_KEYS,
+    direct,
+    no_autocast,
+    past_autograd,
+    records_derivatives,
+    telling_of_memory,
+)
 from natten_ops.ops.arguments import autocast_inputs, check_inputs, checked_scale
 from natten_ops.ops.fused import forward_op
 from natten_ops.reference import Inputs
@@ -257,20 +263,8 @@ def _attend(
         more["key_mask"] = inputs.key_mask
     compiling = torch.compiler.is_compiling()
     call = direct if autocasts or compiling or records_derivatives(inputs) else past_autograd
-    if inputs.query.is_cuda and not compiling:
-        call = functools.partial(_telling_of_memory, call)
-    out, lse = call(forward_op, *core, **more)
+    out, lse = telling_of_memory(inputs.query, call)(forward_op, *core, **more)
     return (out, lse) if return_lse else out
-
-
-def _telling_of_memory(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Below torch 2.13 the library's allocations fail with a plain RuntimeError; handlers look for torch's own class."""
-    try:
-        return call(*args, **kwargs)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" not in str(error):
-            raise
-        raise torch.OutOfMemoryError(str(error)) from error
 
 
 _OF_NATTEN = {
@@ -303,16 +297,16 @@ def _backend_number(
         problem = problem._replace(additional=inputs.additional_keys is not None, sub_box=box is not None)
         return backends.require(name, problem).id
     if here:
-        backends.choose(problem)
+        number = backends.number_for_tf32(inputs.query)
+        prefers_tf32 = number == backends.PREFER_TF32
+        backends.choose(problem, prefers_tf32)
         if not compiling and _log.isEnabledFor(logging.DEBUG):  # a logger's call would break the graph
             described = backends.describe(inputs, params, box, scale)
-            chosen = backends.choose(described)
-            first = backends.BACKENDS.index(chosen)  # what would have come before it
-            lacks = [
-                f"; {b.name} {'; '.join(b.why_not(described))}" for b in backends.BACKENDS[:first] if b.id is not None
-            ]
+            chosen = backends.choose(described, prefers_tf32)
+            before = backends.BACKENDS[: backends.BACKENDS.index(chosen)]
+            lacks = [f"; {b.name} {'; '.join(b.why_not_chosen(described, prefers_tf32))}" for b in before]
             _log.debug("%s runs %s%s", chosen.name, problem, "".join(lacks))
-        return backends.number_for_tf32(inputs.query)
+        return number
     return 0
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from natten_ops import backends
 from natten_ops.functional.nested import any_nested, by_halves
 from natten_ops.geometry.params import NAParams, make_params
-from natten_ops.ops._register import AUTOCAST_KEYS
+from natten_ops.ops._register import AUTOCAST_KEYS, telling_of_memory
 from natten_ops.ops.arguments import autocast_tensor
 from natten_ops.ops.unfused_arguments import check_av, check_qk
 
@@ -170,7 +170,7 @@ def _check(check: Callable[..., None], *tensors: Any) -> None:
 
 def _call(op: Any, first: Tensor, second: Tensor, params: NAParams, **extras: Any) -> Tensor:
     backends.check_unfused(first)
-    result: Tensor = op(first, second, *params, **extras)
+    result: Tensor = telling_of_memory(first)(op, first, second, *params, **extras)
     return result
 
 

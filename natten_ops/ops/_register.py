@@ -8,6 +8,7 @@ An autograd kernel here is an autograd.Function applied at one level, so the op 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,6 +56,25 @@ def past_autograd(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call the next kernel below autograd; right where nothing records derivatives."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args, **kwargs)
+
+
+def telling_of_memory(tensor: Tensor, call: Callable[..., Any] = direct) -> Callable[..., Any]:
+    """`call` with torch.OutOfMemoryError, which handlers look for, where the memory of the tensor's device is used up.
+
+    Below torch 2.13 the library's allocations fail with a plain RuntimeError. Nothing is allocated while code is compiled.
+    """
+    if not tensor.is_cuda or torch.compiler.is_compiling():
+        return call
+    return functools.partial(_call_telling_of_memory, call)
+
+
+def _call_telling_of_memory(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return call(*args, **kwargs)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 def records_derivatives(tensors: Sequence[Tensor | None]) -> bool:

@@ -29,6 +29,7 @@ from natten_ops.ops._register import (
     register_composite,
     register_missing_cuda,
     register_vmap,
+    telling_of_memory,
     wake,
 )
 from natten_ops.ops.arguments import (
@@ -208,7 +209,7 @@ class _Forward(SingleLevelFunction):
         settings = ctx.settings, needed, torch.are_deterministic_algorithms_enabled()
         saved = [grad_out, grad_lse, out, lse, *tensors]
         call = direct if records_derivatives(saved) else past_autograd
-        gradients = dict(zip(GRADIENTS, _call_backward(settings, saved, call)))
+        gradients = dict(zip(GRADIENTS, _call_backward(settings, saved, telling_of_memory(lse, call))))
         return None, *(gradients[name] if wanted[name] else None for name in Inputs._fields[:-1]), None
 
     @staticmethod

@@ -26,6 +26,7 @@ from natten_ops.ops._register import (
     register_autograd,
     register_missing_cuda,
     register_vmap,
+    telling_of_memory,
     wake,
 )
 from natten_ops.ops.arguments import autocast_tensor
@@ -158,7 +159,7 @@ class _QK(SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         needed = list(ctx.needs_input_grad[1:])
-        gradients = call_qk_backward((ctx.windows, needed), [grad, *ctx.saved_tensors])
+        gradients = call_qk_backward((ctx.windows, needed), [grad, *ctx.saved_tensors], telling_of_memory(grad))
         return None, *(gradient if need else None for gradient, need in zip(gradients, needed))
 
     @staticmethod
@@ -235,7 +236,7 @@ class _AV(SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         needed = list(ctx.needs_input_grad[1:])
-        gradients = call_av_backward((ctx.windows, needed), [grad, *ctx.saved_tensors])
+        gradients = call_av_backward((ctx.windows, needed), [grad, *ctx.saved_tensors], telling_of_memory(grad))
         return None, *(gradient if need else None for gradient, need in zip(gradients, needed))
 
     @staticmethod

@@ -30,6 +30,11 @@ namespace emu {
 enum class Order { kFixed, kReversed, kRandom };
 enum class Async { kLate, kEarly, kRandom };
 struct Config { Order order = Order::kFixed; Async async = Async::kLate; uint64_t seed = 1; bool races = true; };
+// The device that kernels are chosen for.
+struct Device {
+  int capability = 90; int64_t shared_bytes = 227 << 10;
+  std::string error;  // what every launch returns instead of running; empty: it runs
+};
 
 // ---- findings: one line per (kind, source line); a clean run has none --------------------------------------
 inline std::map<std::string, int>& findings() { static std::map<std::string, int> all; return all; }

@@ -59,6 +59,10 @@ STABLE_TORCH_LIBRARY_IMPL(natten_emulated, CPU, m) { register_kernels<Emulator>(
 extern "C" __attribute__((visibility("default"))) void natten_emulation_set(int order, int landing, uint64_t seed) {
   emu::config() = {emu::Order(order), emu::Async(landing), seed, true};
 }
+// The device that kernels are chosen for, and what every launch reports; an empty error: launches run.
+extern "C" __attribute__((visibility("default"))) void natten_emulation_device(int capability, int64_t shared_bytes, const char* error) {
+  emu::device() = {capability, shared_bytes, error};
+}
 // Copies the findings since the last call, a line each.
 extern "C" __attribute__((visibility("default"))) void natten_emulation_findings(char* text, size_t size) {
   std::string all;

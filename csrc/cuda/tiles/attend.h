@@ -338,6 +338,8 @@ template <class T, class S> struct Block {
 };
 
 // ---- passes -------------------------------------------------------------------------------------------------------------------------
+// The softmax has one form, online. Where the window fits one box it rescales zeros once: a multiplication an output and an exponential
+// a row more than a form for one box alone, none a score, and no second kernel.
 template <class T, int kDim, bool kExtras> struct Forward {
   using S = Shape<T, kDim, Pass::kForward, kExtras>;
   float out[S::kOut / 8][4] = {}, largest[2] = {-ptx::infinity(), -ptx::infinity()}, total[2] = {};

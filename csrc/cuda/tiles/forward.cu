@@ -12,6 +12,11 @@ template <class T, int kDim> constexpr int64_t most_bytes() {
   return larger(Shape<T, kDim, Pass::kForward, true>::kBytes,
                 larger(Shape<T, kDim, Pass::kQueryGradient, true>::kBytes, Shape<T, kDim, Pass::kKeyGradient, true>::kBytes));
 }
+// The least that a block of a device of 8.0 and up may ask for, 8.6 and 8.9: no head dim is refused on some of them only.
+constexpr int64_t kLeastOfDevices = 99 << 10;
+static_assert(most_bytes<ptx::f16, 256>() <= kLeastOfDevices && most_bytes<ptx::bf16, 256>() <= kLeastOfDevices && most_bytes<float, 128>() <= kLeastOfDevices,
+              "the longest rows fit the shared memory of every device");
+
 template <class T> int64_t bytes_of(int64_t dim) {
   return dim <= 16 ? most_bytes<T, 16>() : dim <= 32 ? most_bytes<T, 32>() : dim <= 64 ? most_bytes<T, 64>()
       : dim <= 128 ? most_bytes<T, 128>() : most_bytes<T, 256>();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Tensor-core path: where a block's row tile lies, what it sees, and which column boxes cover that.
-// Positions are places in a dilation group of the global grid; they and all lengths fit 32 bits (takes() in kernels.cpp).
+// Positions are places in a dilation group of the global grid; they and all lengths fit 32 bits (why_not() in forward.cu).
 #pragma once
 #include "operands.h"
 
@@ -114,7 +114,7 @@ DEVICE void find_range(const TileWork& work, const Tables& tables) {
   const uint32_t low = tables.span(tables.fact(kSpanAt, a)), high = low + 8 * (tables.fact(kCount, a) - 1);
   const int begin = ptx::load_shared<int>(low), end = ptx::load_shared<int>(high + 4), size = work.plan.columns[a];
   tables.set_fact(kBegin, a, begin);
-  tables.set_fact(kEnd, a, begin + (end > begin ? (end - begin + size - 1) / size * size : 0));
+  tables.set_fact(kEnd, a, begin + (end - begin + size - 1) / size * size);
   tables.set_fact(kEveryBegin, a, ptx::load_shared<int>(high));
   tables.set_fact(kEveryEnd, a, ptx::load_shared<int>(low + 4));
 }
