@@ -88,8 +88,21 @@ print("loaded and equal")
 """
 
 
-def test_saved_programs_load_in_a_fresh_process(tmp_path):
-    model, program = exported(False)
+@pytest.mark.parametrize("strict", [False, True])
+def test_programs_made_under_autocast(strict):
+    """It must be on where the program runs too, as torch asks of every program; a region inside of the model need not."""
+    model, x = Model().eval(), torch.randn(2, 9, 8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        program = torch.export.export(model, (x,), dynamic_shapes=DYNAMIC, strict=strict)
+        x = torch.randn(3, 12, 7, 16)
+        have, want = program.module()(x), model(x)
+    assert have.dtype == torch.bfloat16
+    torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_saved_programs_load_in_a_fresh_process(strict, tmp_path):
+    model, program = exported(strict)
     torch.export.save(program, tmp_path / "model.pt2")
     inputs = [torch.randn(1, 6, 8, 16), torch.randn(4, 20, 7, 16)]
     with torch.no_grad():
