@@ -347,7 +347,7 @@ no kernel of natten_ops runs float32 tensors on cuda:
   cuda-mma-tf32: is part of libnatten_ops_cuda.so, which is not loaded
   cuda-general: is part of libnatten_ops_cuda.so, which is not loaded
   HOW IT WAS BUILT, THE WAY TO KERNELS
-The way out: move the tensors to the CPU, or pass backend="reference" (plain torch, slow, any device).""",  # noqa: E501
+The way out: move the tensors to the CPU, or pass backend="reference" (plain torch, slow, any device).""",
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = torch.empty(1, 6, 8, 4, 8, device="cuda")
