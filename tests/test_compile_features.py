@@ -2,6 +2,10 @@
 """What else the compiler's users do, with the op in their graph: transforms, checkpointing, autocast, stances, regions."""
 
 import functools
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +15,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import natten_ops
-from natten_ops import _library
+from natten_ops import _compiler, _library
+from natten_ops.tools import why
 
 FORWARD = torch.ops.natten.neighborhood_attention_lse.default
 
@@ -163,3 +168,56 @@ def test_no_op_keeps_cuda_graphs_away(name):
     packet = getattr(torch.ops.natten, name)
     for overload in packet.overloads():
         assert torch.Tag.cudagraph_unsafe not in getattr(packet, overload).tags
+
+
+# ---- C++ compilers -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_compiler(tmp_path, monkeypatch):
+    """A compiler that says it is g++ 9, and compiles as the real one does."""
+    script = tmp_path / "g++-9"
+    script.write_text('#!/bin/sh\ncase " $* " in *" -dM "*) echo "#define __GNUC__ 9";; *) exec g++ "$@";; esac\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(script)), "force_disable_caches": True}):
+        yield str(script)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is a shell script")
+def test_an_old_compiler_gets_calls_of_the_kernel(old_compiler):
+    reason = f"needs g++ 11 or clang++ 14, or a newer one, and {old_compiler} is g++ 9; install one and set"
+    assert f"compiled as a call: generated code {reason}" in why((8, 8), kernel_size=3)
+    given = tensors()
+    with torch.no_grad():
+        got, (code,) = run_and_get_code(torch.compile(attend, fullgraph=True), *given)
+    assert "natten.neighborhood_attention_lse" in code and "natten::Problem" not in code
+    torch.testing.assert_close(got, attend(*given))
+
+
+def test_compilers_that_cannot_say_what_they_are(monkeypatch):
+    assert "/no/such/compiler cannot be asked for its version" in _compiler.why_not("/no/such/compiler")
+    monkeypatch.setattr(_compiler, "_macros", lambda compiler: {"__GNUC__": "11", "__x86_64__": "1"})
+    assert _compiler.why_not("g++ of a CPU without F16C").startswith("needs g++ 12 or clang++ 15 on CPUs without F16C")
+
+
+_COMPILE = """
+import torch, natten_ops
+from torch._inductor.utils import run_and_get_code
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    q, k, v = torch.randn(3, 1, 14, 15, 2, 24).to(dtype).unbind()
+    function = lambda *t: natten_ops.na2d(t[0] * 2, *t[1:], kernel_size=5) * 2
+    got, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), q, k, v)
+    assert "natten::Problem" in code
+    torch.testing.assert_close(got, function(q, k, v))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["g++-11", "clang++-14"])
+def test_oldest_compilers(name, tmp_path):
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    environment = {**os.environ, "CXX": name, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]

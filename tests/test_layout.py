@@ -15,6 +15,7 @@ PACKAGE = ROOT / "natten_ops"
 # Room -> rooms it may import. A room is a file or a folder of natten_ops; `lowerings` lies beside it.
 MAY_IMPORT = {
     "_command_line": set(),
+    "_compiler": set(),
     "_library": set(),
     "geometry": set(),
     "reference": {"geometry"},
@@ -24,9 +25,9 @@ MAY_IMPORT = {
     "functional": {"geometry", "reference", "backends", "ops"},
     "nn": {"geometry", "functional"},
     "compat": {"geometry", "functional", "nn", "flops", "backends", "_command_line"},
-    "tools": {"geometry", "backends", "flops", "functional", "nn", "_command_line"},
+    "tools": {"geometry", "backends", "flops", "functional", "nn", "_command_line", "_compiler"},
     "export": {"ops", "reference"},
-    "lowerings": {"geometry", "backends", "ops", "_library"},
+    "lowerings": {"geometry", "backends", "ops", "_compiler", "_library"},
     "__init__": {"_library", "compat", "export", "functional", "geometry", "nn"},
 }
 NO_TORCH = ["geometry/__init__.py", "geometry/params.py", "geometry/tiles.py"]

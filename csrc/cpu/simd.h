@@ -22,11 +22,6 @@
 namespace natten {
 namespace {
 
-#if defined(__aarch64__)
-typedef __fp16 Binary16;  // g++ 12 has no _Float16 there
-#else
-typedef _Float16 Binary16;
-#endif
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
 
@@ -36,17 +31,39 @@ template <class A> constexpr int kLanes = NATTEN_VECTOR_BYTES / int(sizeof(A));
 // The type in which an element type is accumulated.
 template <class T> using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Elements of a and b, numbered through both; g++ 11, which compiles generated code, lacks the builtin.
+template <int... Picked, class V> NATTEN_INLINE auto shuffled(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, Picked...);
+#else
+  typedef std::remove_reference_t<decltype(a[0])> Element;
+  typedef Element Out __attribute__((vector_size(sizeof...(Picked) * sizeof(Element))));
+  constexpr int count = sizeof(V) / sizeof(Element);
+  return Out{(Picked < count ? a[Picked % count] : b[Picked % count])...};
+#endif
+}
+
 // ---- one element ---------------------------------------------------------------------------------------------------
 NATTEN_INLINE double widen(double x) { return x; }
 NATTEN_INLINE float widen(float x) { return x; }
+#if defined(__F16C__)  // as above: g++ 11 has no _Float16
+NATTEN_INLINE float widen(float16 x) { return _cvtsh_ss(x.bits); }
+NATTEN_INLINE void narrow(float x, float16* p) { p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+#if defined(__aarch64__)
+typedef __fp16 Binary16;  // g++ 12 has no _Float16 there
+#else
+typedef _Float16 Binary16;
+#endif
 NATTEN_INLINE float widen(float16 x) { Binary16 h; std::memcpy(&h, &x, 2); return float(h); }
+NATTEN_INLINE void narrow(float x, float16* p) { const Binary16 h = Binary16(x); std::memcpy(p, &h, 2); }
+#endif
 NATTEN_INLINE float widen(bfloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float f; std::memcpy(&f, &bits, 4); return f;
 }
 NATTEN_INLINE void narrow(double x, double* p) { *p = x; }
 NATTEN_INLINE void narrow(float x, float* p) { *p = x; }
-NATTEN_INLINE void narrow(float x, float16* p) { const Binary16 h = Binary16(x); std::memcpy(p, &h, 2); }
 NATTEN_INLINE void narrow(float x, bfloat16* p) {  // round to nearest even; NaN stays NaN
   uint32_t bits; std::memcpy(&bits, &x, 4);
   p->bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
@@ -166,20 +183,20 @@ NATTEN_INLINE void sums_of_four(const Vector<float>* v, float* out) {
   Quad q[4];
   for (int i = 0; i < 4; ++i) {
 #if NATTEN_VECTOR_BYTES == 64
-    const auto half = __builtin_shufflevector(v[i], v[i], 0, 1, 2, 3, 4, 5, 6, 7) +
-        __builtin_shufflevector(v[i], v[i], 8, 9, 10, 11, 12, 13, 14, 15);
+    const auto half = shuffled<0, 1, 2, 3, 4, 5, 6, 7>(v[i], v[i]) +
+        shuffled<8, 9, 10, 11, 12, 13, 14, 15>(v[i], v[i]);
 #elif NATTEN_VECTOR_BYTES == 32
     const auto half = v[i];
 #endif
 #if NATTEN_VECTOR_BYTES == 16
     q[i] = v[i];
 #else
-    q[i] = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    q[i] = shuffled<0, 1, 2, 3>(half, half) + shuffled<4, 5, 6, 7>(half, half);
 #endif
   }
-  const Quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) + __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
-  const Quad b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) + __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-  const Quad total = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  const Quad a = shuffled<0, 4, 1, 5>(q[0], q[1]) + shuffled<2, 6, 3, 7>(q[0], q[1]);
+  const Quad b = shuffled<0, 4, 1, 5>(q[2], q[3]) + shuffled<2, 6, 3, 7>(q[2], q[3]);
+  const Quad total = shuffled<0, 1, 4, 5>(a, b) + shuffled<2, 3, 6, 7>(a, b);
   std::memcpy(out, &total, sizeof total);
 }
 

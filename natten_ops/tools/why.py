@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from natten_ops import backends, flops
+from natten_ops import _compiler, backends, flops
 from natten_ops.geometry.masks import checked_params
 from natten_ops.geometry.params import NAParams
 from natten_ops.geometry.tiles import visible_pairs
@@ -93,7 +93,8 @@ def _backend_lines(problem: backends.Problem, whole: backends.Problem) -> list[s
             f"chosen   {chosen.name}: {chosen.note}",
             f"         {nature}, verified on {chosen.verified_on}",
         ]
-        reasons = backends.why_not_inlined(whole)
+        too_old = _compiler.why_not(_compiler.default())
+        reasons = backends.why_not_inlined(whole) or [too_old] * (too_old is not None)
         compiled = f"as a call: generated code {'; '.join(reasons)}" if reasons else "as one kernel with its neighbours"
         lines.append(f"compiled {compiled}; backward: a call")
     lead = "others   "

@@ -60,33 +60,31 @@ NATTEN_INLINE Quad load_four(const float16* p) {
 template <class T> NATTEN_INLINE Vector<float> load_parts(const T* const* row, int64_t at) {
 #if NATTEN_VECTOR_BYTES == 64
   typedef float Eight __attribute__((vector_size(32)));
-  const Eight a = __builtin_shufflevector(load_four(row[0] + at), load_four(row[1] + at), 0, 1, 2, 3, 4, 5, 6, 7);
-  const Eight b = __builtin_shufflevector(load_four(row[2] + at), load_four(row[3] + at), 0, 1, 2, 3, 4, 5, 6, 7);
-  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Eight a = shuffled<0, 1, 2, 3, 4, 5, 6, 7>(load_four(row[0] + at), load_four(row[1] + at));
+  const Eight b = shuffled<0, 1, 2, 3, 4, 5, 6, 7>(load_four(row[2] + at), load_four(row[3] + at));
+  return shuffled<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(a, b);
 #elif NATTEN_VECTOR_BYTES == 32
-  return __builtin_shufflevector(load_four(row[0] + at), load_four(row[1] + at), 0, 1, 2, 3, 4, 5, 6, 7);
+  return shuffled<0, 1, 2, 3, 4, 5, 6, 7>(load_four(row[0] + at), load_four(row[1] + at));
 #else
   return load_four(row[0] + at);
 #endif
 }
+// Within every 128-bit part: elements p and q of a, r - 4 and s - 4 of b.
+template <int p, int q, int r, int s> NATTEN_INLINE Vector<float> shuffled_parts(Vector<float> a, Vector<float> b) {
+#if NATTEN_VECTOR_BYTES == 64
+  return shuffled<p, q, r + 12, s + 12, p + 4, q + 4, r + 16, s + 16, p + 8, q + 8, r + 20, s + 20, p + 12, q + 12, r + 24, s + 24>(a, b);
+#elif NATTEN_VECTOR_BYTES == 32
+  return shuffled<p, q, r + 4, s + 4, p + 4, q + 4, r + 8, s + 8>(a, b);
+#else
+  return shuffled<p, q, r, s>(a, b);
+#endif
+}
 // Transposes 4x4 within every 128-bit part.
 NATTEN_INLINE void transpose_parts(Vector<float> (&v)[4]) {
-#if NATTEN_VECTOR_BYTES == 64
-#define NATTEN_PARTS(a, b, p, q, r, s)                                                                                \
-  __builtin_shufflevector(a, b, p, q, r + 12, s + 12, p + 4, q + 4, r + 16, s + 16, p + 8, q + 8, r + 20, s + 20, p + 12, \
-                          q + 12, r + 24, s + 24)
-#elif NATTEN_VECTOR_BYTES == 32
-#define NATTEN_PARTS(a, b, p, q, r, s) \
-  __builtin_shufflevector(a, b, p, q, r + 4, s + 4, p + 4, q + 4, r + 8, s + 8)
-#else
-#define NATTEN_PARTS(a, b, p, q, r, s) __builtin_shufflevector(a, b, p, q, r, s)
-#endif
-  // (p, q) come from a, (r, s) from b, as in a 128-bit shuffle
-  const Vector<float> a = NATTEN_PARTS(v[0], v[1], 0, 1, 4, 5), b = NATTEN_PARTS(v[0], v[1], 2, 3, 6, 7);
-  const Vector<float> c = NATTEN_PARTS(v[2], v[3], 0, 1, 4, 5), d = NATTEN_PARTS(v[2], v[3], 2, 3, 6, 7);
-  v[0] = NATTEN_PARTS(a, c, 0, 2, 4, 6), v[1] = NATTEN_PARTS(a, c, 1, 3, 5, 7);
-  v[2] = NATTEN_PARTS(b, d, 0, 2, 4, 6), v[3] = NATTEN_PARTS(b, d, 1, 3, 5, 7);
-#undef NATTEN_PARTS
+  const Vector<float> a = shuffled_parts<0, 1, 4, 5>(v[0], v[1]), b = shuffled_parts<2, 3, 6, 7>(v[0], v[1]);
+  const Vector<float> c = shuffled_parts<0, 1, 4, 5>(v[2], v[3]), d = shuffled_parts<2, 3, 6, 7>(v[2], v[3]);
+  v[0] = shuffled_parts<0, 2, 4, 6>(a, c), v[1] = shuffled_parts<1, 3, 5, 7>(a, c);
+  v[2] = shuffled_parts<0, 2, 4, 6>(b, d), v[3] = shuffled_parts<1, 3, 5, 7>(b, d);
 }
 
 // ---- results -------------------------------------------------------------------------------------------------------
