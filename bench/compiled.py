@@ -2,7 +2,7 @@
 """What torch.compile makes of attention with its neighbours: our lowering, extern calls alone, and eager.
 
 python -m bench.compiled neighbours     RoPE -> na2d -> gate, residual, one call
-python -m bench.compiled keys           what rotating the keys (a kernel of its own) and the queries (inside) costs in it
+python -m bench.compiled keys           what rotating the keys (a kernel of its own) or the queries (inside) adds to it
 python -m bench.compiled backward       what a gate and rotations around the attention add to its backward, which is a call
 python -m bench.compiled model          twelve blocks: inference and training, time to compile
 python -m bench.compiled memory         peak memory of a training step of the same blocks (Linux)
@@ -30,6 +30,13 @@ from bench.run import interleave, median_ratio
 def rope(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return x * cosine + torch.cat([-second, first], -1) * sine
+
+
+def rope_of_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """As much work; what is turned together lies side by side."""
+    even, odd = x[..., ::2], x[..., 1::2]
+    cosine, sine = (table.chunk(2, -1)[0] for table in (cosine, sine))
+    return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], -1).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -128,27 +135,30 @@ def neighbours(rounds: int) -> Iterator[str]:
 
 
 def keys(rounds: int) -> Iterator[str]:
-    def step(q: Tensor, k: Tensor, v: Tensor, rotate_q: bool, rotate_k: bool, window: int, *angles: Tensor) -> Tensor:
-        query, key = (rope(q, *angles) if rotate_q else q), (rope(k, *angles) if rotate_k else k)
+    def step(q: Tensor, k: Tensor, v: Tensor, rotate_q: Any, rotate_k: Any, window: int, *angles: Tensor) -> Tensor:
+        query, key = (rotate(t, *angles) if rotate else t for rotate, t in ((rotate_q, q), (rotate_k, k)))
         return natten_ops.na2d(query, key, v, kernel_size=window) * 2
 
+    spellings = {"halves": rope, "pairs": rope_of_pairs}
+    rotated = {"neither": (None, None)}
+    for spelling, rotation in spellings.items():
+        rotated |= {f"queries, {spelling}": (rotation, None), f"keys, {spelling}": (None, rotation)}
     for size, dim, window in ((56, 32, 7), (224, 32, 7), (32, 64, 13)):
         tensors = torch.randn(3, 1, size, size, 4, dim).unbind()
         angles = torch.randn(2, size, size, 1, dim).unbind()
         with torch.no_grad():
             functions = {}
-            for name, rotated in (("both", (True, True)), ("queries", (True, False)), ("neither", (False, False))):
+            for name, rotations in rotated.items():
 
-                def use(way: Callable[..., Any], call: Any = (*tensors, *rotated, window, *angles)) -> Any:
+                def use(way: Callable[..., Any], call: Any = (*tensors, *rotations, window, *angles)) -> Any:
                     return way(*call)
 
                 functions[name] = functools.partial(use, compiled(step, False, use))
             times = interleave(functions, rounds, block_seconds=0.1)
-        without = [median_ratio(times[name], times["both"]) for name in ("queries", "neither")]
-        yield (
-            f"{size}x{size}, head dim {dim}, window {window}: rotating keys takes {1 - without[0]:.3f} of all, "
-            f"queries {without[0] - without[1]:.3f}"
+        added = (
+            f"{name} {median_ratio(times[name], times['neither']) - 1:.3f}" for name in rotated if name != "neither"
         )
+        yield f"{size}x{size}, head dim {dim}, window {window}: rotating adds, of the time without: {'; '.join(added)}"
 
 
 def backward(rounds: int) -> Iterator[str]:

@@ -49,11 +49,13 @@ def why_not_compiled() -> str | None:
 
 @functools.cache
 def engine_text() -> str:
-    """cpu/tiled/forward.h with everything that it includes."""
+    """The headers that generated code calls, with everything that they include."""
     root = Path(library_path()).parent / "include"
     system: dict[str, None] = {}
     body: list[str] = []
-    _collect(root / "cpu/tiled/forward.h", set(), system, body)
+    seen: set[Path] = set()
+    for header in ("cpu/tiled/forward.h", "cpu/pairs.h"):
+        _collect(root / header, seen, system, body)
     return "\n".join([*system, _BEFORE, *body, _AFTER])
 
 

@@ -28,6 +28,7 @@ from natten_ops.lowerings._compat import (
     parse_expr_with_index_symbols,
 )
 from natten_ops.lowerings.engine import engine_text
+from natten_ops.lowerings.pairs import PairedQuery
 
 SOURCE = (Path(__file__).parent / "templates" / "forward.cpp.jinja").read_text()
 BATCH_AT, HEAD_AT, Z_AT, Y_AT, X_AT = parse_expr_with_index_symbols(["batch_at", "head_at", "z_at", "y_at", "x_at"])
@@ -183,6 +184,9 @@ class ForwardTemplate(CppTemplate):
         size = [self.producer.get_size()[-1]]
         kernel.define_buffer("query_buf", size, self.sum_dtype)
         buffer = kernel.local_buffers["query_buf"]
+        paired = PairedQuery.of(self.producer, lambda element: token_index(self.rank, element))
+        if paired is not None:
+            return paired.emit(kernel, "query_buf", self.sum_dtype)
         with LocalBufferContext(kernel.args) as scope:
             scope.add_local_buffer(buffer)
             return kernel.store_pointwise_nodes(

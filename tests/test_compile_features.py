@@ -219,5 +219,7 @@ def test_oldest_compilers(name, tmp_path):
     if shutil.which(name) is None:
         pytest.skip(f"{name} is not installed")
     environment = {**os.environ, "CXX": name, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", _COMPILE], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -94,7 +94,7 @@ def _backend_lines(problem: backends.Problem, whole: backends.Problem) -> list[s
             f"         {nature}, verified on {chosen.verified_on}",
         ]
         too_old = _compiler.why_not(_compiler.default())
-        reasons = backends.why_not_inlined(whole) or [too_old] * (too_old is not None)
+        reasons = backends.why_not_inlined(whole) or ([too_old] if too_old else [])
         compiled = f"as a call: generated code {'; '.join(reasons)}" if reasons else "as one kernel with its neighbours"
         lines.append(f"compiled {compiled}; backward: a call")
     lead = "others   "

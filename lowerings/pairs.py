@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""Queries whose elements are computed two by two, such as rotary embeddings of interleaved pairs.
+
+Element by element such an expression asks of each index whether it is even, and halves it: Inductor makes scalar code of
+that. Here it becomes two expressions in the number of the pair, one for each of its elements. What they read in steps of
+two is copied to local rows first, the two rows of results are joined last, and all between is Inductor's vector code.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor.dependencies import extract_read_writes
+from torch._inductor.ops_handler import WrapperHandler
+from torch.utils._sympy.functions import ModularIndexing
+
+from natten_ops.lowerings._compat import LocalBufferContext, V, cexpr_index, ir
+
+# Head dims: below, a row has less than a vector of pairs; above, the local rows would take much of a stack.
+_LEAST, _MOST = 8, 1024
+_WHOLE = (torch.bool, torch.int32, torch.int64)
+_COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+
+
+def _is_multiple(index: Any) -> bool:
+    """Whether an index is the rest of a division that leaves none; torch 2.13 simplifies sums so, but no product."""
+    if not isinstance(index, ModularIndexing):
+        return False
+    base, divisor, modulus = index.args
+    return bool(sympy.expand(base / (divisor * modulus)).is_integer)
+
+
+class _OneOfEachPair(WrapperHandler):
+    """Inductor's ops on expressions in one variable: reads in steps of two are taken from local rows where there are some,
+    and choices that do not depend on the variable are made."""
+
+    def __init__(self, inner: Any, variable: Any, length: int, rows: dict[tuple[str, Any], str]) -> None:
+        super().__init__(inner)
+        self.variable, self.length, self.rows = variable, length, rows
+        self.linear = True  # all indices so far
+        self.in_steps_of_two: list[tuple[str, Any]] = []
+        self._known: dict[int, tuple[Any, int]] = {}  # id -> (value, the number it is); keeps the values, so the ids
+
+    def load(self, name: str, index: Any) -> Any:
+        start, step = self._line(index)
+        if step == 2:
+            self.in_steps_of_two.append((name, start))
+            if (name, start) in self.rows:
+                return self._inner.load(self.rows[name, start], self.variable)
+        return self._inner.load(name, index)
+
+    def index_expr(self, index: Any, dtype: torch.dtype) -> Any:
+        start, step = self._line(index)
+        if step == 0 and start.is_number:
+            return self.constant(int(start), dtype)
+        return self._inner.index_expr(index, dtype)
+
+    def constant(self, number: Any, dtype: torch.dtype) -> Any:
+        value = self._inner.constant(number, dtype)
+        if isinstance(number, int) and dtype in _WHOLE:
+            self._known[id(value)] = value, number
+        return value
+
+    def where(self, condition: Any, if_true: Any, if_false: Any) -> Any:
+        if id(condition) in self._known:
+            return if_true if self._known[id(condition)][1] else if_false
+        return self._inner.where(condition, if_true, if_false)
+
+    def _default(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        numbers = [self._known[id(arg)][1] for arg in args if id(arg) in self._known]
+        if name in _COMPARISONS and len(numbers) == 2:
+            return self.constant(bool(_COMPARISONS[name](*numbers)), torch.bool)
+        value = super()._default(name, args, kwargs)
+        if name == "to_dtype" and numbers and args[1] in _WHOLE[1:]:
+            self._known[id(value)] = value, numbers[0]
+        return value
+
+    def _line(self, index: Any) -> tuple[Any, Any]:
+        """(start, step) of an index that is linear in the variable."""
+        index = sympy.sympify(index).replace(_is_multiple, lambda _: sympy.S.Zero)
+        index = sympy.expand(V.graph.sizevars.simplify_with_ranges(index, {self.variable: sympy.Integer(self.length)}))
+        start = index.subs(self.variable, 0)
+        step = index.coeff(self.variable)
+        if sympy.expand(index - start - step * self.variable) != 0:
+            self.linear, step = False, None
+        return start, step
+
+
+class PairedQuery:
+    """One token's query, a pair at a time. `at(element)` is the index of an element of the token in `producer`."""
+
+    def __init__(self, producer: Any, at: Callable[[Any], list[Any]], in_steps_of_two: list[tuple[str, Any]]) -> None:
+        self.producer, self.at, self.in_steps_of_two = producer, at, in_steps_of_two
+        self.pairs = int(producer.get_size()[-1]) // 2
+
+    @classmethod
+    def of(cls, producer: Any, at: Callable[[Any], list[Any]]) -> PairedQuery | None:
+        """None if Inductor's vectors take the producer as it is, or if pairs do not make it simpler."""
+        size = producer.get_size()[-1]
+        if not isinstance(size, (int, sympy.Integer)) or size % 2 or not _LEAST <= size <= _MOST:
+            return None
+        if _met(producer, at, int(size)).linear:
+            return None
+        seen = [_met(producer, functools.partial(_of_pair, at, i), int(size) // 2) for i in (0, 1)]
+        if not all(met.linear for met in seen):
+            return None
+        return cls(producer, at, list(dict.fromkeys(read for met in seen for read in met.in_steps_of_two)))
+
+    def emit(self, kernel: Any, out: str, dtype: torch.dtype) -> str:
+        """C++ that computes the query to the row `out`."""
+        rows: dict[tuple[str, Any], str] = {}
+        lines = []
+        with LocalBufferContext(kernel.args) as scope:
+
+            def local_row(name: str, dtype: torch.dtype) -> str:  # Inductor wants "buf" in names that it stores to
+                lines.append(kernel.define_stack_allocated_buffer(name, [self.pairs], dtype))
+                scope.add_local_buffer(kernel.local_buffers[name])
+                return name
+
+            for n, (name, start) in enumerate(self.in_steps_of_two):
+                row = rows[name, start] = local_row(f"every_second_buf{n}", V.graph.get_dtype(name))
+                place = f"{kernel.args.input(name)}[{cexpr_index(kernel.rename_indexing(start))}]"
+                lines.append(f"natten::take_every_second(&{place}, {self.pairs}, {row});")
+            first, second = (local_row(f"paired_buf{i}", dtype) for i in (0, 1))
+            nodes = [self._element(i, rows) for i in (0, 1)]
+            layout = kernel.local_buffers[first].get_layout()
+            nodes[0] = ir.ComputedBuffer(name=first, layout=layout, data=nodes[0])
+            lines.append(kernel.store_pointwise_nodes(kernel.local_buffers[second], nodes))
+        return "\n".join([*lines, f"natten::join_pairs({first}, {second}, {self.pairs}, {out});"])
+
+    def _element(self, i: int, rows: dict[tuple[str, Any], str]) -> Any:
+        load = self.producer.make_loader()
+
+        def compute(index: Any) -> Any:
+            (pair,) = index
+            with V.set_ops_handler(_OneOfEachPair(V.get_ops_handler(), pair, self.pairs, rows)):
+                return load(_of_pair(self.at, i, pair))
+
+        like = self.producer
+        return ir.Pointwise(device=like.get_device(), dtype=like.get_dtype(), ranges=[self.pairs], inner_fn=compute)
+
+
+def _of_pair(at: Callable[[Any], list[Any]], i: int, pair: Any) -> list[Any]:
+    """The index of element i of a pair."""
+    return at(2 * pair + i)
+
+
+def _met(producer: Any, at: Callable[[Any], list[Any]], length: int) -> _OneOfEachPair:
+    """What is met when the producer is asked for its elements at(0 .. length)."""
+    handlers = []
+    load = producer.make_loader()
+
+    def compute(index: Any) -> Any:
+        handlers.append(_OneOfEachPair(V.get_ops_handler(), index[0], length, {}))
+        with V.set_ops_handler(handlers[0]):
+            return load(at(index[0]))
+
+    extract_read_writes(compute, [sympy.Integer(length)])
+    return handlers[0]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""Queries that are rotated in interleaved pairs: vector code in the attention's kernel, whatever the spelling."""
+
+import pytest
+import torch
+from compiling import compile_and_compare, fresh_compiler  # noqa: F401 (a fixture)
+
+import natten_ops
+
+# Pairs of a head: with and without a rest behind vectors of 4, 8 and 16.
+DIM = 40
+WEIGHT = torch.linspace(0.5, 2, DIM)
+WIDE = torch.linspace(1, 3, DIM // 2), torch.linspace(-2, 2, DIM - 1)  # the last number read is the last there is
+
+
+def by_stack(x, cosine, sine):
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], -1).flatten(-2)
+
+
+def by_repeated_tables(x, cosine, sine):
+    even, odd = x[..., ::2], x[..., 1::2]
+    cosine, sine = (table.repeat_interleave(2, -1) for table in (cosine, sine))
+    return x * cosine + torch.stack([-odd, even], -1).flatten(-2) * sine
+
+
+def by_flip(x, cosine, sine):
+    cosine, sine = (table.repeat_interleave(2, -1) for table in (cosine, sine))
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1) * torch.tensor([-1.0, 1.0], dtype=x.dtype)
+    return x * cosine + swapped.flatten(-2) * sine
+
+
+def by_complex_numbers(x, cosine, sine):
+    turned = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * torch.complex(cosine.double(), sine.double())
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
+
+
+def of_a_norm(x, cosine, sine):
+    """A weight is read in pairs too, and the row of a norm's scale once."""
+    return by_stack(torch.nn.functional.rms_norm(x, x.shape[-1:], WEIGHT), cosine, sine)
+
+
+def by_tables_of_every_element(x, cosine, sine):
+    """Of a table that has a number for each element, every second one is read."""
+    return by_stack(x, WIDE[0] * cosine, WIDE[1][::2] * sine)
+
+
+def in_fours(x, cosine, sine):
+    return x.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
+
+
+def tensors(dim, dtype=torch.float32):
+    """Queries from the middle of a wider row, so that pairs begin anywhere."""
+    q, k, v = torch.randn(3, 1, 7, 9, 2, dim).to(dtype).unbind()
+    query = torch.randn(1, 7, 9, 2, dim + 5).to(dtype)[..., 3 : 3 + dim].copy_(q)
+    return query, k, v, *torch.randn(2, 7, 9, 1, dim // 2).to(dtype).unbind()
+
+
+def code_of_query(source):
+    hooks = source.split("const auto compute_query")[1:]
+    return [hook.split("const auto take_out")[0] for hook in hooks]
+
+
+def attend(rotate):
+    return lambda q, k, v, *tables: natten_ops.na2d(rotate(q, *tables), k, v, kernel_size=3) * 2
+
+
+@pytest.mark.parametrize(
+    "rotate", [by_stack, by_repeated_tables, by_flip, by_complex_numbers, of_a_norm, by_tables_of_every_element]
+)
+def test_spellings(rotate):
+    (source,) = compile_and_compare(attend(rotate), *tensors(DIM))
+    (code,) = code_of_query(source)
+    assert "natten::take_every_second(" in code and "natten::join_pairs(" in code and "at::vec::Vectorized" in code
+    assert not any(sign in code for sign in ("div_floor", "%", "blendv", "tmpbuf"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    (source,) = compile_and_compare(
+        attend(by_stack), *tensors(24, dtype), tolerance=5e-2 if dtype.itemsize == 2 else 1e-9
+    )
+    assert "natten::take_every_second(" in source
+
+
+def test_sizes_that_are_not_known():
+    function = torch.compile(attend(by_stack), dynamic=True, fullgraph=True)
+    for dim_of in ((7, 9), (11, 6), (5, 30)):
+        q, k, v = torch.randn(3, 2, *dim_of, 2, 16).unbind()
+        tables = torch.randn(2, *dim_of, 1, 8).unbind()
+        with torch.no_grad():
+            torch.testing.assert_close(function(q, k, v, *tables), attend(by_stack)(q, k, v, *tables))
+
+
+@pytest.mark.parametrize("rotate, dim", [(by_stack, 6), (in_fours, 24)])
+def test_element_by_element(rotate, dim):
+    """Rows of less than a vector, and groups that pairs do not make simpler, are computed as Inductor would."""
+    (source,) = compile_and_compare(attend(rotate), *tensors(dim))
+    (code,) = code_of_query(source)
+    assert "take_every_second" not in code
