@@ -43,16 +43,24 @@ class _OneOfEachPair(WrapperHandler):
         super().__init__(inner)
         self.variable, self.length, self.rows = variable, length, rows
         self.linear = True  # all indices so far
-        self.in_steps_of_two: list[tuple[str, Any]] = []
+        self.in_steps_of_two: list[tuple[str, Any]] = []  # (tensor, start), where it is safe to read them beforehand
+        self._computed: set[Any] = set()  # symbols of indices that are read from memory
+        self._masks = 0  # around what is met now: what they hide may not exist
         self._known: dict[int, tuple[Any, int]] = {}  # id -> (value, the number it is); keeps the values, so the ids
 
     def load(self, name: str, index: Any) -> Any:
         start, step = self._line(index)
-        if step == 2:
+        if step == 2 and (name, start) in self.rows:
+            return self._inner.load(self.rows[name, start], self.variable)
+        if step == 2 and not self._masks and not self._computed & start.free_symbols:
             self.in_steps_of_two.append((name, start))
-            if (name, start) in self.rows:
-                return self._inner.load(self.rows[name, start], self.variable)
         return self._inner.load(name, index)
+
+    def masked(self, mask: Any, body: Any, other: Any) -> Any:
+        self._masks += 1
+        value = self._inner.masked(mask, body, other)
+        self._masks -= 1
+        return value
 
     def index_expr(self, index: Any, dtype: torch.dtype) -> Any:
         start, step = self._line(index)
@@ -76,6 +84,8 @@ class _OneOfEachPair(WrapperHandler):
         if name in _COMPARISONS and len(numbers) == 2:
             return self.constant(bool(_COMPARISONS[name](*numbers)), torch.bool)
         value = super()._default(name, args, kwargs)
+        if name == "indirect_indexing":
+            self._computed.add(value)
         if name == "to_dtype" and numbers and args[1] in _WHOLE[1:]:
             self._known[id(value)] = value, numbers[0]
         return value

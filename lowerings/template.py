@@ -10,6 +10,7 @@ engine's business alone. A query that exists in memory, and an output that nothi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ class ForwardTemplate(CppTemplate):
         definition = kernel.def_kernel(inputs=inputs, outputs=outputs, aliases=aliases)  # names tensors and sizes
         printer = _Printer(kernel)
         epilogues = [store.emit(kernel, self.rank, self.sum_dtype) for store in stores]
-        return self._template_from_string(SOURCE).render(
+        return _parsed().render(
             header=self.header().getvalue(), engine=engine_text(), export_declaration=get_export_declaration(),
             definition=definition, prologue=self._emit_query(kernel),
             epilogue=epilogues[0], lse_epilogue=epilogues[1] if len(epilogues) > 1 else "", threads=self.num_threads,
@@ -235,6 +236,12 @@ class ForwardTemplate(CppTemplate):
             "element": ELEMENTS[self.layout.dtype],
             "given": [printer.number(size[-1]), g.maps(), known, *sorted(set(g.kernel_size))],
         }  # fmt: skip
+
+
+@functools.cache
+def _parsed() -> Any:
+    """Parsing takes longer than filling in, which happens twice a kernel."""
+    return ForwardTemplate._template_from_string(SOURCE)
 
 
 def _like_query(rank: int) -> tuple[int | None, list[int], int | None, int | None]:

@@ -10,6 +10,7 @@ import natten_ops
 # Pairs of a head: with and without a rest behind vectors of 4, 8 and 16.
 DIM = 40
 WEIGHT = torch.linspace(0.5, 2, DIM)
+OF_POSITIONS, POSITIONS = torch.linspace(-1, 3, 12 * DIM).view(12, DIM), torch.arange(9).flip(0)
 WIDE = torch.linspace(1, 3, DIM // 2), torch.linspace(-2, 2, DIM - 1)  # the last number read is the last there is
 
 
@@ -43,6 +44,17 @@ def of_a_norm(x, cosine, sine):
 def by_tables_of_every_element(x, cosine, sine):
     """Of a table that has a number for each element, every second one is read."""
     return by_stack(x, WIDE[0] * cosine, WIDE[1][::2] * sine)
+
+
+def by_positions(x, cosine, sine):
+    """Where a gathered row begins is known only where it is used."""
+    return by_stack(x * OF_POSITIONS[POSITIONS][:, None], cosine, sine)
+
+
+def behind_a_border(x, cosine, sine):
+    """What lies outside of a padded tensor is never read."""
+    padded = torch.nn.functional.pad(x[:, :-2, 1:], (0, 0, 0, 0, 1, 0, 2, 0))
+    return by_stack(padded, cosine, sine) + by_flip(x, cosine, sine)
 
 
 def in_fours(x, cosine, sine):
@@ -81,6 +93,13 @@ def test_dtypes(dtype):
         attend(by_stack), *tensors(24, dtype), tolerance=5e-2 if dtype.itemsize == 2 else 1e-9
     )
     assert "natten::take_every_second(" in source
+
+
+@pytest.mark.parametrize("rotate", [by_positions, behind_a_border])
+def test_what_cannot_be_read_beforehand(rotate):
+    (source,) = compile_and_compare(attend(rotate), *tensors(DIM))
+    (code,) = code_of_query(source)
+    assert code.count("natten::take_every_second(") == 2  # the queries' own elements, even and odd
 
 
 def test_sizes_that_are_not_known():
