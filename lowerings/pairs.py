@@ -21,9 +21,9 @@ from torch.utils._sympy.functions import ModularIndexing
 
 from natten_ops.lowerings._compat import LocalBufferContext, V, cexpr_index, ir
 
-# Head dims: below, a row has less than a vector of pairs; above, the local rows would take much of a stack.
+# Head dims: below, there is no vector of 16 bytes to fill; above, the local rows would take much of a stack.
 _LEAST, _MOST = 8, 1024
-_WHOLE = (torch.bool, torch.int32, torch.int64)
+_INTEGERS = (torch.int32, torch.int64)
 _COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 
 
@@ -45,11 +45,14 @@ class _OneOfEachPair(WrapperHandler):
         self.linear = True  # all indices so far
         self.in_steps_of_two: list[tuple[str, Any]] = []  # (tensor, start), where it is safe to read them beforehand
         self._computed: set[Any] = set()  # symbols of indices that are read from memory
-        self._masks = 0  # around what is met now: what they hide may not exist
+        self._masks = (
+            0  # around what is traced now: what they hide may not exist (emission masks by a handler of its own)
+        )
+        self._varying: dict[int, Any] = {}  # values that follow from the variable as a number
         self._known: dict[int, tuple[Any, int]] = {}  # id -> (value, the number it is); keeps the values, so the ids
 
     def load(self, name: str, index: Any) -> Any:
-        start, step = self._line(index)
+        start, step = self._linear_form(index)
         if step == 2 and (name, start) in self.rows:
             return self._inner.load(self.rows[name, start], self.variable)
         if step == 2 and not self._masks and not self._computed & start.free_symbols:
@@ -57,20 +60,25 @@ class _OneOfEachPair(WrapperHandler):
         return self._inner.load(name, index)
 
     def masked(self, mask: Any, body: Any, other: Any) -> Any:
+        # A border within the row is read element by element, in pairs more slowly: 1.1 to 2 times at head dims 32 and 40.
+        self.linear = self.linear and id(mask) not in self._varying
         self._masks += 1
         value = self._inner.masked(mask, body, other)
         self._masks -= 1
         return value
 
     def index_expr(self, index: Any, dtype: torch.dtype) -> Any:
-        start, step = self._line(index)
-        if step == 0 and start.is_number:
+        start, step = self._linear_form(index)
+        if step == 0 and start.is_Integer:
             return self.constant(int(start), dtype)
-        return self._inner.index_expr(index, dtype)
+        value = self._inner.index_expr(index, dtype)
+        if step != 0:
+            self._varying[id(value)] = value
+        return value
 
     def constant(self, number: Any, dtype: torch.dtype) -> Any:
         value = self._inner.constant(number, dtype)
-        if isinstance(number, int) and dtype in _WHOLE:
+        if isinstance(number, int) and dtype in (torch.bool, *_INTEGERS):
             self._known[id(value)] = value, number
         return value
 
@@ -86,13 +94,21 @@ class _OneOfEachPair(WrapperHandler):
         value = super()._default(name, args, kwargs)
         if name == "indirect_indexing":
             self._computed.add(value)
-        if name == "to_dtype" and numbers and args[1] in _WHOLE[1:]:
+        if any(id(arg) in self._varying for arg in args):
+            self._varying[id(value)] = value
+        if name == "to_dtype" and numbers and args[1] in _INTEGERS:
             self._known[id(value)] = value, numbers[0]
         return value
 
-    def _line(self, index: Any) -> tuple[Any, Any]:
+    def _linear_form(self, index: Any) -> tuple[Any, Any]:
         """(start, step) of an index that is linear in the variable."""
-        index = sympy.sympify(index).replace(_is_multiple, lambda _: sympy.S.Zero)
+        index = sympy.sympify(index)
+        if not index.has(self.variable):
+            return index, 0
+        if not isinstance(index, sympy.Expr):  # a condition
+            self.linear = False
+            return index, None
+        index = index.replace(_is_multiple, lambda _: sympy.S.Zero)
         index = sympy.expand(V.graph.sizevars.simplify_with_ranges(index, {self.variable: sympy.Integer(self.length)}))
         start = index.subs(self.variable, 0)
         step = index.coeff(self.variable)
@@ -114,12 +130,12 @@ class PairedQuery:
         size = producer.get_size()[-1]
         if not isinstance(size, (int, sympy.Integer)) or size % 2 or not _LEAST <= size <= _MOST:
             return None
-        if _met(producer, at, int(size)).linear:
+        if _traced(producer, at, int(size)).linear:
             return None
-        seen = [_met(producer, functools.partial(_of_pair, at, i), int(size) // 2) for i in (0, 1)]
-        if not all(met.linear for met in seen):
+        traces = [_traced(producer, functools.partial(_of_pair, at, i), int(size) // 2) for i in (0, 1)]
+        if not all(trace.linear for trace in traces):
             return None
-        return cls(producer, at, list(dict.fromkeys(read for met in seen for read in met.in_steps_of_two)))
+        return cls(producer, at, list(dict.fromkeys(read for trace in traces for read in trace.in_steps_of_two)))
 
     def emit(self, kernel: Any, out: str, dtype: torch.dtype) -> str:
         """C++ that computes the query to the row `out`."""
@@ -127,8 +143,8 @@ class PairedQuery:
         lines = []
         with LocalBufferContext(kernel.args) as scope:
 
-            def local_row(name: str, dtype: torch.dtype) -> str:  # Inductor wants "buf" in names that it stores to
-                lines.append(kernel.define_stack_allocated_buffer(name, [self.pairs], dtype))
+            def local_row(name: str, row_dtype: torch.dtype) -> str:  # Inductor wants "buf" in names that it stores to
+                lines.append(kernel.define_stack_allocated_buffer(name, [self.pairs], row_dtype))
                 scope.add_local_buffer(kernel.local_buffers[name])
                 return name
 
@@ -160,8 +176,8 @@ def _of_pair(at: Callable[[Any], list[Any]], i: int, pair: Any) -> list[Any]:
     return at(2 * pair + i)
 
 
-def _met(producer: Any, at: Callable[[Any], list[Any]], length: int) -> _OneOfEachPair:
-    """What is met when the producer is asked for its elements at(0 .. length)."""
+def _traced(producer: Any, at: Callable[[Any], list[Any]], length: int) -> _OneOfEachPair:
+    """The accesses of the producer, asked for its elements at(0 .. length)."""
     handlers = []
     load = producer.make_loader()
 

@@ -9,8 +9,9 @@ import platform
 import subprocess
 import sys
 
-# Below the second version the compiler has no _Float16 on x86, and the engine takes the CPU's own conversions (F16C).
-_VERSIONS = {"g++": (11, 12), "clang++": (14, 15)}
+_LEAST = {"g++": 11, "clang++": 14}
+# Before these a compiler has no _Float16 on x86, and the engine takes the CPU's own conversions (F16C).
+_WITH_FLOAT16 = {"g++": 12, "clang++": 15}
 
 
 def default() -> str:
@@ -21,7 +22,7 @@ def default() -> str:
 @functools.cache
 def why_not(compiler: str) -> str | None:
     """The reason why a compiler cannot compile the engine, or None."""
-    needs = "needs g++ 11 or clang++ 14, or a newer one"
+    needs = f"needs {_either(_LEAST)}, or a newer one"
     way_out = "install one and set the environment variable CXX to it"
     try:
         macros = _macros(compiler)
@@ -29,12 +30,15 @@ def why_not(compiler: str) -> str | None:
         return f"{needs}, and {compiler} cannot be asked for its version; {way_out}"
     family = "clang++" if "__clang_major__" in macros else "g++"
     version = int(macros.get("__clang_major__") or macros.get("__GNUC__", "0"))
-    least, complete = _VERSIONS[family]
-    if version < least:
+    if version < _LEAST[family]:
         return f"{needs}, and {compiler} is {family} {version}; {way_out}"
-    if version < complete and "__x86_64__" in macros and "__F16C__" not in macros:
-        return f"needs g++ 12 or clang++ 15 on CPUs without F16C, and {compiler} is {family} {version}; {way_out}"
+    if version < _WITH_FLOAT16[family] and "__x86_64__" in macros and "__F16C__" not in macros:
+        return f"needs {_either(_WITH_FLOAT16)} on CPUs without F16C, and {compiler} is {family} {version}; {way_out}"
     return None
+
+
+def _either(versions: dict[str, int]) -> str:
+    return " or ".join(f"{family} {version}" for family, version in versions.items())
 
 
 def _macros(compiler: str) -> dict[str, str]:

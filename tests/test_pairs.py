@@ -119,9 +119,26 @@ def test_sizes_that_are_not_known():
             torch.testing.assert_close(function(q, k, v, *tables), attend(by_stack)(q, k, v, *tables))
 
 
-@pytest.mark.parametrize("rotate, dim", [(by_stack, 6), (in_fours, 24)])
+def with_a_border_in_the_row(x, cosine, sine):
+    return by_stack(torch.nn.functional.pad(x[..., :-3], (2, 1)), cosine, sine)
+
+
+def test_conditions_and_fractions_of_sizes_are_no_indices():
+    """Inductor asks for such numbers as it asks for indices."""
+
+    def attend_if_large(q, k, v):
+        large = torch.full((), q.shape[1] >= 5, dtype=torch.bool)
+        return natten_ops.na2d(q * large * torch.full((), q.shape[2] / 4), k, v, kernel_size=3)
+
+    q, k, v, *_ = tensors(16)
+    with torch.no_grad():
+        have = torch.compile(attend_if_large, dynamic=True, fullgraph=True)(q, k, v)
+    torch.testing.assert_close(have, attend_if_large(q, k, v))
+
+
+@pytest.mark.parametrize("rotate, dim", [(by_stack, 6), (in_fours, 24), (with_a_border_in_the_row, DIM)])
 def test_element_by_element(rotate, dim):
-    """Rows of less than a vector, and groups that pairs do not make simpler, are computed as Inductor would."""
+    """Rows of less than a vector, and what pairs do not make simpler or faster, are computed as Inductor would."""
     (source,) = compile_and_compare(attend(rotate), *tensors(dim))
     (code,) = code_of_query(source)
     assert "take_every_second" not in code

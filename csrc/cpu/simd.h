@@ -46,7 +46,7 @@ template <int... Picked, class V> NATTEN_INLINE auto shuffled(V a, V b) {
 // ---- one element ---------------------------------------------------------------------------------------------------
 NATTEN_INLINE double widen(double x) { return x; }
 NATTEN_INLINE float widen(float x) { return x; }
-#if defined(__F16C__)  // as above: g++ 11 has no _Float16
+#if defined(__F16C__)  // g++ 11 and clang 14, which compile generated code, have no _Float16
 NATTEN_INLINE float widen(float16 x) { return _cvtsh_ss(x.bits); }
 NATTEN_INLINE void narrow(float x, float16* p) { p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 #else
