@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 
-from natten_ops import backends
+from natten_ops import _compiler, backends
 from natten_ops.geometry import params
 
 
 def salt() -> str:
-    """The version, and a hash of the engine and of every file that decides what is made of it: those of this folder, the
-    facts of backends, the geometry."""
-    digest = hashlib.sha256(engine.engine_text().encode())
+    """The version, and a hash of the engine and of all that decides what is made of it: the files of this folder, the
+    geometry, the facts of backends and of compilers, and whether the compiler at hand can compile the engine."""
+    digest = hashlib.sha256(f"{engine.engine_text()}{engine.why_not_compiled()}".encode())
     folders = (Path(__file__).parent, Path(params.__file__).parent)
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in {".py", ".jinja"}]
-    for path in (*files, Path(backends.__file__)):
+    for path in (*files, Path(backends.__file__), Path(_compiler.__file__)):
         digest.update(path.read_bytes())
     return f"|natten_ops:{importlib.metadata.version('natten-ops')}:{digest.hexdigest()[:16]}"
 

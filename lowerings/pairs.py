@@ -45,9 +45,8 @@ class _OneOfEachPair(WrapperHandler):
         self.linear = True  # all indices so far
         self.in_steps_of_two: list[tuple[str, Any]] = []  # (tensor, start), where it is safe to read them beforehand
         self._computed: set[Any] = set()  # symbols of indices that are read from memory
-        self._masks = (
-            0  # around what is traced now: what they hide may not exist (emission masks by a handler of its own)
-        )
+        # Around what is traced now: what they hide may not exist. (In emission what is masked has a handler of its own.)
+        self._masks = 0
         self._varying: dict[int, Any] = {}  # values that follow from the variable as a number
         self._known: dict[int, tuple[Any, int]] = {}  # id -> (value, the number it is); keeps the values, so the ids
 
@@ -60,7 +59,7 @@ class _OneOfEachPair(WrapperHandler):
         return self._inner.load(name, index)
 
     def masked(self, mask: Any, body: Any, other: Any) -> Any:
-        # A border within the row is read element by element, in pairs more slowly: 1.1 to 2 times at head dims 32 and 40.
+        # A border within the row is read element by element, and in pairs more slowly: tried by hand, 1.1 and 2 times.
         self.linear = self.linear and id(mask) not in self._varying
         self._masks += 1
         value = self._inner.masked(mask, body, other)

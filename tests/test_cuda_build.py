@@ -167,7 +167,9 @@ def test_every_kernel_of_the_library(arch, tmp_path):
 
 def test_checks_that_passed_are_not_repeated_and_none_outlasts_the_limit(tmp_path, monkeypatch):
     """The file beside the rows says what has passed; what takes too long or fails ends the program and is not in it."""
-    gpu = pytest.importorskip("bench.gpu")
+    gpu = pytest.importorskip(
+        "bench.gpu", reason="bench is of the source tree, which an installed wheel is tested without"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     ran = tmp_path / "ran"
     append = [sys.executable, "-c", f"open({str(ran)!r}, 'a').write('x')"]
@@ -183,5 +185,7 @@ def test_checks_that_passed_are_not_repeated_and_none_outlasts_the_limit(tmp_pat
 
 @pytest.mark.parametrize("shape", ["line", "everything"])
 def test_what_the_sanitizer_watches_runs(shape):
-    gpu = pytest.importorskip("bench.gpu")
+    gpu = pytest.importorskip(
+        "bench.gpu", reason="bench is of the source tree, which an installed wheel is tested without"
+    )
     gpu.run_shape(shape, "cpu", ((torch.float32, "cpu-tiled"),))

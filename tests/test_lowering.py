@@ -131,9 +131,18 @@ def salt_with(edited, monkeypatch):
     return changed
 
 
-@pytest.mark.parametrize("name", ["template.py", "fused.py", "forward.cpp.jinja", "backends.py", "params.py"])
+@pytest.mark.parametrize(
+    "name", ["template.py", "fused.py", "forward.cpp.jinja", "backends.py", "params.py", "_compiler.py"]
+)
 def test_caches_see_every_rule(name, monkeypatch):
     assert salt_with("nothing", monkeypatch) == lowerings.salt() != salt_with(name, monkeypatch)
+
+
+def test_caches_see_the_compiler(monkeypatch):
+    """A kernel that was cached beside a new compiler is not given to an old one, nor the call to a new one."""
+    before = lowerings.salt()
+    monkeypatch.setattr(lowerings.engine, "why_not_compiled", lambda: "too old")
+    assert lowerings.salt() != before
 
 
 def test_caches_see_the_version(monkeypatch):
