@@ -4,8 +4,9 @@
 `na_av(softmax(na_qk(query, key)), value)` whose weights nobody else reads is `neighborhood_attention_lse`: in inference
 a model that was written with the halves gets the fused kernel and never has its weights in memory. With something else
 between them (dropout, a bias of one's own), or where the backward needs the weights, both halves are extern calls and
-Inductor fuses everything between them into one kernel. Lowered as loops (windows by index, a reduction over the head dim
-or the slots) they fuse as well, and lose: python -m bench.halves lowerings.
+Inductor fuses everything between them into one kernel, whose weights take the place of the logits in memory. Lowered as
+loops (windows by index, a reduction over the head dim or the slots) they fuse as well, and lose:
+python -m bench.halves lowerings.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from natten_ops.ops.unfused_arguments import av_backward_op, av_op, qk_backward_
 _ATEN, _PRIMS = torch.ops.aten, torch.ops.prims
 
 
-def halves_of(weighted_sum: Any) -> Any | None:
-    """The na_qk node whose softmax an na_av node sums values by, if nobody else reads what is between; else None."""
-    weights = _only_used_here(weighted_sum.args[0])  # None has no target: it is no division
+def logits_of(weights: Any) -> Any | None:
+    """What a node is the softmax over slots of; None if it is none."""
     exponentials: Any = weights.args[0] if _is(weights, _ATEN.div.Tensor) else None
     if not _is(exponentials, _ATEN.exp.default) or len(exponentials.users) != 2:
         return None
@@ -34,9 +34,13 @@ def halves_of(weighted_sum: Any) -> Any | None:
     if not _is_over_slots(weights.args[1], _ATEN.sum.dim_IntList, exponentials) or not _is(shifted, _ATEN.sub.Tensor):
         return None
     logits = shifted.args[0]
-    if len(shifted.users) != 1 or not _is_over_slots(shifted.args[1], _ATEN.amax.default, logits):
-        return None
-    if len(logits.users) != 2:  # the maximum and the difference
+    return logits if len(shifted.users) == 1 and _is_over_slots(shifted.args[1], _ATEN.amax.default, logits) else None
+
+
+def halves_of(weighted_sum: Any) -> Any | None:
+    """The na_qk node whose softmax an na_av node sums values by, if nobody else reads what is between; else None."""
+    logits = logits_of(_only_used_here(weighted_sum.args[0]))  # None has no target: it is no softmax
+    if logits is None or len(logits.users) != 2:  # the maximum and the difference
         return None
     scores = logits
     if _is(logits, _PRIMS.convert_element_type.default):
@@ -103,6 +107,29 @@ def _spare_the_way_back(heads_first: Any) -> None:
                 return
 
 
+def _let_weights_replace_logits(weighted_sum: Any) -> None:
+    """Inductor lets a result take the memory of a tensor of its size that the same step of a kernel reads last.
+
+    The last step of a softmax reads exponentials, which earlier steps leave in a buffer. Where it computes them again it
+    reads the logits instead: an exponential a slot more, and one tensor of the size of the attention less.
+    """
+    between, shape = [weighted_sum.args[0]], weighted_sum.args[0].meta["val"].shape
+    for node in between:  # grows: dropout, a change of dtype, whatever else is element by element
+        if logits_of(node) is not None:
+            exponentials = node.args[0]
+            with node.graph.inserting_before(node):
+                shifted = node.graph.node_copy(exponentials.args[0])
+                again = node.graph.node_copy(exponentials, lambda _, shifted=shifted: shifted)
+            node.replace_input_with(exponentials, again)
+            return
+        between += [n for n in node.all_input_nodes if n not in between and _has_shape(n, shape)]
+
+
+def _has_shape(node: Any, shape: Any) -> bool:
+    tensor = node.meta.get("val")
+    return isinstance(tensor, torch.Tensor) and tensor.shape == shape
+
+
 def _erase_unused(node: Any) -> None:
     """The node and what only it used: a dead reader of the query would have Inductor write the query to memory."""
     if isinstance(node, torch.fx.Node) and node.op == "call_function" and not node.users:
@@ -137,7 +164,7 @@ def register() -> None:
         weighted_sum: Any = match.output_node()
         scores = halves_of(weighted_sum)
         if scores is None:
-            return
+            return _let_weights_replace_logits(weighted_sum)
         extras = [
             scores.kwargs.get("rpb"),
             scores.kwargs.get("additional_keys"),

@@ -125,7 +125,7 @@ def test_the_joined_output_lies_in_memory_as_the_halves_leave_it():
 
 
 def test_what_lies_between_two_calls_is_one_kernel():
-    """Casts, a bias, the softmax and dropout: the logits are read and the weights written, once."""
+    """Casts, a bias, the softmax and dropout: the logits are read and the weights written in their place, once."""
 
     def step(query, key, value, bias):
         logits = natten_ops.na2d_qk(query, key, **SETTINGS).float() * DIM**-0.5 + bias
@@ -143,10 +143,42 @@ def test_what_lies_between_two_calls_is_one_kernel():
 call na_qk
 new float32 [2, 4, 9, 12, 1]
 new float32 [2, 4, 9, 12, 1]
-new bfloat16 [2, 4, 9, 12, 15]
 kernel
 call na_av""",
     )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_take_the_place_of_the_logits(dtype, dynamic):
+    """One tensor of the size of the attention, whatever is added before the softmax and whoever else reads the weights."""
+    bias = torch.randn(SLOTS, dtype=dtype)
+
+    def biased(query, key, value):
+        weights = (natten_ops.na2d_qk(query * DIM**-0.5, key, **SETTINGS) + bias).softmax(-1)
+        return natten_ops.na2d_av(weights, value, **SETTINGS), weights
+
+    def clamped(query, key, value):
+        weights = natten_ops.na2d_qk(query, key, **SETTINGS).float().softmax(-1).clamp(max=0.5)
+        return natten_ops.na2d_av(weights.to(dtype) * 2, value, **SETTINGS)
+
+    for step in (biased, clamped):
+        tolerance = 1e-4 if dtype == torch.float32 else 6e-2
+        (source,) = compile_and_compare(step, *tokens(dtype=dtype), dynamic=dynamic, tolerance=tolerance)
+        lines = skeleton(source).splitlines()
+        assert [line for line in lines if not line.startswith("new")][-3:] == ["call na_qk", "kernel", "call na_av"]
+        assert not stores_weights(source)
+
+
+def test_logits_that_others_read_stay():
+    """Here the weights must not take their place."""
+
+    def step(query, key, value):
+        logits = natten_ops.na2d_qk(query, key, **SETTINGS)
+        return natten_ops.na2d_av(logits.softmax(-1), value, **SETTINGS), logits
+
+    (source,) = compile_and_compare(step, *tokens())
+    assert stores_weights(source)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
