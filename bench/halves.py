@@ -4,6 +4,7 @@
 python -m bench.halves ops          each op and backward: share of the sgemm rate, in useful FLOPs
 python -m bench.halves steps        logits, softmax, sums: by the ops, compiled, fused, as a compiled gather
 python -m bench.halves lowerings    between the halves a bias: two calls with one kernel between, or everything as loops
+python -m bench.halves places       the two calls: weights in the place of the logits, or in memory of their own
 """
 
 from __future__ import annotations
@@ -118,16 +119,30 @@ def lowerings(rounds: int) -> Iterator[str]:
         yield f"window {window}, head dim {dim}: loops take {median_ratio(times['loops'], times['calls']):.2f} of calls"
 
 
+def places(rounds: int) -> Iterator[str]:
+    for size, window in ((28, 7), (28, 8), (56, 7), (56, 8), (112, 7), (224, 7)):
+        tensors, bias = heads_first(size, window, 32)[:3], torch.randn(window * window)
+        with torch.no_grad():
+            functions = {"one": compiled(attend, *tensors, window, bias)}
+            with mock.patch.object(unfused, "_let_weights_replace_logits", lambda _: None):
+                functions["two"] = compiled(attend, *tensors, window, bias)
+            times = interleave(functions, rounds)
+        yield f"{size}x{size}, window {window}: one place takes {median_ratio(times['one'], times['two']):.2f} of two"
+
+
+WHAT = {"ops": ops, "steps": steps, "lowerings": lowerings, "places": places}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ops", "steps", "lowerings"])
+    parser.add_argument("what", choices=list(WHAT))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch._dynamo.config.recompile_limit = 64  # ways and sizes of one function
     torch._inductor.config.fx_graph_cache = False
-    for line in {"ops": ops, "steps": steps, "lowerings": lowerings}[options.what](options.rounds):
+    for line in WHAT[options.what](options.rounds):
         print(line, flush=True)
 
 

@@ -110,19 +110,24 @@ def _spare_the_way_back(heads_first: Any) -> None:
 def _let_weights_replace_logits(weighted_sum: Any) -> None:
     """Inductor lets a result take the memory of a tensor of its size that the same step of a kernel reads last.
 
-    The last step of a softmax reads exponentials, which earlier steps leave in a buffer. Where it computes them again it
-    reads the logits instead: an exponential a slot more, and one tensor of the size of the attention less.
+    The last step of a softmax reads exponentials, which earlier steps leave in a small buffer. Here it looks at the logits
+    as well, so that there is one tensor of the size of the attention less. Logits, softmax and sums of 224x224 take 0.88 to
+    1.00 of the time, and, which all caches hold, of 56x56 1.13 to 1.19: with a window of 7 a row of slots ends within a
+    vector, and AVX-512 waits for its store before it loads the next row; with one of 8 they take 0.96 to 1.00.
+    python -m bench.halves places
     """
     between, shape = [weighted_sum.args[0]], weighted_sum.args[0].meta["val"].shape
     for node in between:  # grows: dropout, a change of dtype, whatever else is element by element
-        if logits_of(node) is not None:
-            exponentials = node.args[0]
-            with node.graph.inserting_before(node):
-                shifted = node.graph.node_copy(exponentials.args[0])
-                again = node.graph.node_copy(exponentials, lambda _, shifted=shifted: shifted)
-            node.replace_input_with(exponentials, again)
+        logits = logits_of(node)
+        if logits is not None:
+            replace_node(node, _divide, [*node.args, logits])
             return
         between += [n for n in node.all_input_nodes if n not in between and _has_shape(n, shape)]
+
+
+def _divide(exponentials: Any, total: Any, logits: Any) -> Any:
+    """The weights: a logit that is NaN makes all weights of its query NaN, so that it may as well stand for its own."""
+    return torch.where(logits != logits, logits, exponentials / total)
 
 
 def _has_shape(node: Any, shape: Any) -> bool:

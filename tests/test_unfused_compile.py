@@ -181,6 +181,22 @@ def test_logits_that_others_read_stay():
     assert stores_weights(source)
 
 
+def test_a_logit_that_is_nan_is_that_of_eager_code():
+    """The weights look at the logits only for the sake of their memory."""
+    query, key, value = tokens()
+    query[0, 0, 0, 0, 0], key[1, 1, 4, 5, 2] = torch.nan, torch.inf
+
+    def step(query, key, value):
+        weights = (natten_ops.na2d_qk(query, key, **SETTINGS) + 1).softmax(-1)
+        return natten_ops.na2d_av(weights, value, **SETTINGS), weights
+
+    with torch.no_grad():
+        have, want = torch.compile(step, fullgraph=True)(query, key, value), step(query, key, value)
+    for one, other in zip(have, want):
+        torch.testing.assert_close(one, other, equal_nan=True, atol=1e-4, rtol=1e-4)
+    assert want[1].isnan().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_keeps_the_weights_and_nothing_else_of_their_size(dtype):
     """Saved for the backward: query, key, value, and the weights; attention is not computed twice."""
