@@ -6,9 +6,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import sympy
 import torch
+from torch import Tensor
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.pattern_matcher import fwd_only
 from torch._inductor.virtualized import ops
@@ -18,10 +20,15 @@ from natten_ops import backends
 from natten_ops.geometry.params import Box, NAParams, make_box, make_params
 from natten_ops.lowerings import autotune, engine
 from natten_ops.lowerings._compat import V, empty_strided, hints, ir, select
-from natten_ops.lowerings.template import ForwardTemplate, Geometry
+from natten_ops.lowerings.pairs import PairedToken
+from natten_ops.lowerings.template import ForwardTemplate, Geometry, token_index
 
 FORWARD = torch.ops.natten.neighborhood_attention_lse.default
 _fallback = fallback_handler(FORWARD, add_to_fallback_set=False)
+# What writing keys to memory and reading them back costs, in ops of their producer on one number; where they come in pairs, of
+# which Inductor makes scalar code, writing takes longer. Ops times packings above the first, at which computing keys anew lost
+# against writing them, on one thread: 5 to 14 lost, up to 3.3 won, 4 was even; pairs still won at 15 (bench.compiled keys).
+OPS_OF_A_PASS, OPS_OF_A_PASS_OF_PAIRS = 4, 16
 
 
 def _extern_call(*args: Any, backend: int = 0, **kwargs: Any) -> Any:
@@ -91,13 +98,26 @@ def why_not_template(
 
 def _described(inputs: Sequence[Any], params: NAParams, scale: float | None, box: Box | None) -> backends.Problem:
     """The problem at its likely sizes; the window, which is what limits tiles, is not symbolic."""
-    shapes = [None if t is None else (hints(t.get_size()), t.get_dtype()) for t in inputs]
     with unset_fake_temporarily():
-        shells = [
-            None if s is None else torch.empty((), dtype=s[1], device="cpu").expand([max(n, 1) for n in s[0]])
-            for s in shapes
-        ]
-        return backends.describe(shells, params, box, scale, whole=True)
+        return backends.describe(_shells(inputs), params, box, scale, whole=True)
+
+
+def _shells(inputs: Sequence[Any]) -> list[Tensor | None]:
+    """Tensors of the likely sizes, of one number each."""
+    shapes = [None if t is None else (hints(t.get_size()), t.get_dtype()) for t in inputs]
+    return [
+        None if s is None else torch.empty((), dtype=s[1], device="cpu").expand([max(n, 1) for n in s[0]])
+        for s in shapes
+    ]
+
+
+def _times_packed(inputs: Sequence[Any], params: NAParams, box: Sequence[Sequence[Any]]) -> float:
+    """How often the engine packs a key of the problem at its likely sizes, on average."""
+    with unset_fake_temporarily():
+        shells = _shells(inputs)
+        lists = [list(entry) for entry in params], [hints(entry) for entry in box]
+        ask = torch.ops.natten._cpu_tiled_times_packed
+        return float(ask(*shells[:3], *lists[0], *shells[3:], *lists[1], True))
 
 
 # ---- the template --------------------------------------------------------------------------------------------------
@@ -117,20 +137,19 @@ def _lower_to_template(inputs: Sequence[Any], params: NAParams, scale: float | N
         q_origin=box[0] or zeros,
         kv_origin=box[1] or zeros,
     )
-    tensors, producer = {}, None
-    if ir.is_storage_and_layout(query):
-        tensors["query"] = _readable(query)
-    else:
-        producer = _producer(query, [*size[:-1], head_dim])
+    rows = {"query": (query, head_dim), "key": (key, head_dim), "value": (value, value_dim)}
+    producers = _inlined(rows, lambda: _times_packed(inputs, params, box))
     more = {"rpb": rpb, "key_mask": key_mask}
     more |= {"additional_keys": additional_keys, "additional_values": additional_values}
-    tensors |= {name: _readable(t) for name, t in {"key": key, "value": value, **more}.items() if t is not None}
-    extra = [] if producer is None else [V.graph.get_buffer(name) for name in sorted(producer.get_read_names())]
+    given = {name: tokens for name, (tokens, _) in rows.items() if name not in producers} | more
+    tensors = {name: _readable(t) for name, t in given.items() if t is not None}
+    read = {name for producer in producers.values() for name in producer.get_read_names()}
+    extra = [V.graph.get_buffer(name) for name in sorted(read)]
     layout = ir.FixedLayout(device, dtype, size)
-    template = ForwardTemplate(layout, geometry, tensors, producer, extra)
+    template = ForwardTemplate(layout, geometry, tensors, producers, extra)
     choices: list[Any] = []
     template.maybe_append_choice(choices)
-    if producer is None and not _is_used(1) and autotune.is_asked_for(template.input_nodes):
+    if not producers and not _is_used(1) and autotune.is_asked_for(template.input_nodes):
         autotune.append_choices(choices, template, params, geometry.scale, box)
     out = select("neighborhood_attention", choices, template.input_nodes, layout)
     lse_dtype = template.sum_dtype
@@ -148,12 +167,32 @@ def _readable(tensor: Any) -> Any:
     return ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(tensor))
 
 
-def _producer(query: Any, size: Sequence[Any]) -> Any:
-    """The query, whatever computes it, as one expression in the type of sums; nothing is written to memory."""
-    dtype = torch.float64 if query.get_dtype() == torch.float64 else torch.float32
-    load = query.make_loader()
+def _inlined(rows: dict[str, tuple[Any, int]], times_packed: Callable[[], float]) -> dict[str, Any]:
+    """What computes the query, key and value where they are packed, of those that are not in memory."""
+    producers = {name: _producer(*row) for name, row in rows.items() if not ir.is_storage_and_layout(row[0])}
+    for name, node in zip(("key", "value"), V.graph.current_node.args[1:3]):
+        if name in producers and (len(node.users) > 1 or not pays(producers[name], times_packed())):
+            del producers[name]  # with users beside the attention it will be in memory anyway
+    return producers
+
+
+def pays(producer: Any, times: float) -> bool:
+    """Whether computing keys (or values) each time they are packed costs less than writing them to memory once."""
+    rank = len(producer.get_size()) - 3
+    with mock.patch.object(ir.FlexibleLayout, "allow_indexing", True):  # as Inductor does to look into expressions
+        in_pairs = PairedToken.of(producer, lambda element: token_index(rank, element)) is not None
+    return (times - 1) * producer.inner_fn_opcount().num_ops <= (OPS_OF_A_PASS_OF_PAIRS if in_pairs else OPS_OF_A_PASS)
+
+
+def _producer(tokens: Any, dim: int) -> Any:
+    """Tokens, whatever computes them, as one expression in the type of sums; nothing is written to memory."""
+    dtype = torch.float64 if tokens.get_dtype() == torch.float64 else torch.float32
+    load = tokens.make_loader()
     return ir.Pointwise(
-        device=query.get_device(), dtype=dtype, ranges=size, inner_fn=lambda index: ops.to_dtype(load(index), dtype)
+        device=tokens.get_device(),
+        dtype=dtype,
+        ranges=[*tokens.get_size()[:-1], dim],
+        inner_fn=lambda index: ops.to_dtype(load(index), dtype),
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Queries whose elements are computed two by two, such as rotary embeddings of interleaved pairs.
+"""Tokens whose elements are computed two by two, such as rotary embeddings of interleaved pairs.
 
 Element by element such an expression asks of each index whether it is even, and halves it: Inductor makes scalar code of
 that. Here it becomes two expressions in the number of the pair, one for each of its elements. What they read in steps of
@@ -116,15 +116,15 @@ class _OneOfEachPair(WrapperHandler):
         return start, step
 
 
-class PairedQuery:
-    """One token's query, a pair at a time. `at(element)` is the index of an element of the token in `producer`."""
+class PairedToken:
+    """One token, a pair of its elements at a time. `at(element)` is the index of an element of the token in `producer`."""
 
     def __init__(self, producer: Any, at: Callable[[Any], list[Any]], in_steps_of_two: list[tuple[str, Any]]) -> None:
         self.producer, self.at, self.in_steps_of_two = producer, at, in_steps_of_two
         self.pairs = int(producer.get_size()[-1]) // 2
 
     @classmethod
-    def of(cls, producer: Any, at: Callable[[Any], list[Any]]) -> PairedQuery | None:
+    def of(cls, producer: Any, at: Callable[[Any], list[Any]]) -> PairedToken | None:
         """None if Inductor's vectors take the producer as it is, or if pairs do not make it simpler."""
         size = producer.get_size()[-1]
         if not isinstance(size, (int, sympy.Integer)) or size % 2 or not _LEAST <= size <= _MOST:
@@ -137,7 +137,7 @@ class PairedQuery:
         return cls(producer, at, list(dict.fromkeys(read for trace in traces for read in trace.in_steps_of_two)))
 
     def emit(self, kernel: Any, out: str, dtype: torch.dtype) -> str:
-        """C++ that computes the query to the row `out`."""
+        """C++ that computes the token to the row `out`, whose name the local rows share."""
         rows: dict[tuple[str, Any], str] = {}
         lines = []
         with LocalBufferContext(kernel.args) as scope:
@@ -148,10 +148,10 @@ class PairedQuery:
                 return name
 
             for n, (name, start) in enumerate(self.in_steps_of_two):
-                row = rows[name, start] = local_row(f"every_second_buf{n}", V.graph.get_dtype(name))
+                row = rows[name, start] = local_row(f"{out}_every_second{n}", V.graph.get_dtype(name))
                 place = f"{kernel.args.input(name)}[{cexpr_index(kernel.rename_indexing(start))}]"
                 lines.append(f"natten::take_every_second(&{place}, {self.pairs}, {row});")
-            first, second = (local_row(f"paired_buf{i}", dtype) for i in (0, 1))
+            first, second = (local_row(f"{out}_paired{i}", dtype) for i in (0, 1))
             nodes = [self._element(i, rows) for i in (0, 1)]
             layout = kernel.local_buffers[first].get_layout()
             nodes[0] = ir.ComputedBuffer(name=first, layout=layout, data=nodes[0])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The fused forward as a C++ template: the CPU engine with its neighbours' code in it.
 
-The engine walks tiles; wherever it wants the query of a token it calls code that Inductor generated from the ops that
-produce the query, and whenever an output (or a log-sum-exp) of a token is ready it calls code generated from the ops that
+The engine walks tiles; wherever it wants the query (key, value) of a token it calls code that Inductor generated from the
+ops that produce it, and whenever an output (or a log-sum-exp) of a token is ready it calls code generated from the ops that
 follow. Both are loops over the head dim of one token, so that dilation, strides, borders, sub-boxes and ranks are the
-engine's business alone. A query that exists in memory, and an output that nothing follows, go without calls.
+engine's business alone. Tokens that exist in memory, and an output that nothing follows, go without calls.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from natten_ops.lowerings._compat import (
     parse_expr_with_index_symbols,
 )
 from natten_ops.lowerings.engine import engine_text
-from natten_ops.lowerings.pairs import PairedQuery
+from natten_ops.lowerings.pairs import PairedToken
 
 SOURCE = (Path(__file__).parent / "templates" / "forward.cpp.jinja").read_text()
 BATCH_AT, HEAD_AT, Z_AT, Y_AT, X_AT = parse_expr_with_index_symbols(["batch_at", "head_at", "z_at", "y_at", "x_at"])
@@ -131,15 +131,20 @@ def _by_source(outs: Sequence[Any], epilogue: Sequence[Any]) -> list[list[Any]]:
 
 
 class ForwardTemplate(CppTemplate):
-    """One fused forward. `tensors` are the op's inputs by the name of their field in csrc/problem.h, without the query if
-    `producer` computes it; `extra` are the buffers that the producer reads."""
+    """One fused forward. `tensors` are the op's inputs by the name of their field in csrc/problem.h; `producers` compute
+    those of the query, key and value that are not among them, and `extra` are the buffers that they read."""
 
     def __init__(
-        self, layout: Any, geometry: Geometry, tensors: dict[str, Any], producer: Any, extra: Sequence[Any]
+        self,
+        layout: Any,
+        geometry: Geometry,
+        tensors: dict[str, Any],
+        producers: dict[str, Any],
+        extra: Sequence[Any],
     ) -> None:
         inputs = [*tensors.values(), *extra]
         super().__init__("neighborhood_attention", inputs, layout, parallel_num_threads())
-        self.geometry, self.tensors, self.producer, self.extra = geometry, tensors, producer, extra
+        self.geometry, self.tensors, self.producers, self.extra = geometry, tensors, producers, extra
 
     @property
     def rank(self) -> int:
@@ -167,31 +172,29 @@ class ForwardTemplate(CppTemplate):
         ]
         outputs = {name: node for store in stores for name, node in store.kernel_outputs().items()}
         aliases = {s.out.get_name(): s.destination.get_name() for s in stores if not s.keep_plain}
-        inputs = {**self.tensors, **{f"query_input{i}": node for i, node in enumerate(self.extra)}}
+        inputs = {**self.tensors, **{f"token_input{i}": node for i, node in enumerate(self.extra)}}
         definition = kernel.def_kernel(inputs=inputs, outputs=outputs, aliases=aliases)  # names tensors and sizes
         printer = _Printer(kernel)
         epilogues = [store.emit(kernel, self.rank, self.sum_dtype) for store in stores]
         return _parsed().render(
             header=self.header().getvalue(), engine=engine_text(), export_declaration=get_export_declaration(),
-            definition=definition, prologue=self._emit_query(kernel),
+            definition=definition, prologues={name: self._emit(kernel, name) for name in self.producers},
             epilogue=epilogues[0], lse_epilogue=epilogues[1] if len(epilogues) > 1 else "", threads=self.num_threads,
             tensors=self._rows(printer, stores), tiling=tiling, **self._numbers(printer),
         )  # fmt: skip
 
-    def _emit_query(self, kernel: Any) -> str:
-        """Loops that compute one token's query."""
-        if self.producer is None:
-            return ""
-        size = [self.producer.get_size()[-1]]
-        kernel.define_buffer("query_buf", size, self.sum_dtype)
-        buffer = kernel.local_buffers["query_buf"]
-        paired = PairedQuery.of(self.producer, lambda element: token_index(self.rank, element))
+    def _emit(self, kernel: Any, name: str) -> str:
+        """Loops that compute one token's query, key or value."""
+        producer, row = self.producers[name], f"{name}_buf"
+        kernel.define_buffer(row, [producer.get_size()[-1]], self.sum_dtype)
+        paired = PairedToken.of(producer, lambda element: token_index(self.rank, element))
         if paired is not None:
-            return paired.emit(kernel, "query_buf", self.sum_dtype)
+            return paired.emit(kernel, row, self.sum_dtype)
+        buffer = kernel.local_buffers[row]
         with LocalBufferContext(kernel.args) as scope:
             scope.add_local_buffer(buffer)
             return kernel.store_pointwise_nodes(
-                buffer, [self.producer], reindexers=[lambda index: token_index(self.rank, *index)]
+                buffer, [producer], reindexers=[lambda index: token_index(self.rank, *index)]
             )
 
     def _rows(self, printer: _Printer, stores: Sequence[TokenStore]) -> dict[str, dict[str, Any]]:
@@ -204,7 +207,7 @@ class ForwardTemplate(CppTemplate):
         return tensors
 
     def _numbers(self, printer: _Printer) -> dict[str, Any]:
-        g, size, key = self.geometry, self.layout.size, self.tensors["key"]
+        g, size, key = self.geometry, self.layout.size, self.tensors.get("key") or self.producers["key"]
         rank, head_dim = self.rank, key.get_size()[-1]
         additional = self.tensors["additional_keys"].get_size()[1] if "additional_keys" in self.tensors else 0
         known = int(additional) if isinstance(additional, (int, sympy.Integer)) else -1

@@ -19,6 +19,7 @@ OWN_OPS = (
     "neighborhood_attention_jagged", "neighborhood_attention_jagged_backward",
     "na_qk", "na_av", "na_qk_backward", "na_av_backward",
     "_windows", "_cpu_vector_bytes", "_cpu_scratch_bytes", "_cpu_tiled_scratch_bytes",
+    "_cpu_tiled_times_packed",
     "_cpu_tiled_forward",
 )  # fmt: skip
 _VECTOR_NAMES = {16: "default", 32: "avx2", 64: "avx512"}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the compiler makes of the fused op: which kernels, what is in them, and the same numbers as ever."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -39,7 +40,7 @@ def all_in_one(chosen):
         for i, (group, (problem, _)) in enumerate(zip(groups, chosen)):
             tensors = Inputs(*group)
             if i % 2:
-                out, lse = run(tensors._replace(query=tensors.query * 0.5), problem)
+                out, lse = run(scaled(tensors), problem)
                 results.append((out * -2, lse * 4))
             else:
                 results.append(run(tensors, problem))
@@ -48,9 +49,13 @@ def all_in_one(chosen):
     with torch.no_grad():
         results = torch.compile(every, fullgraph=True, dynamic=False)(*inputs)
     for i in range(1, len(chosen), 2):
-        inputs[i] = inputs[i]._replace(query=inputs[i].query * 0.5)
+        inputs[i] = scaled(inputs[i])
         results[i] = results[i][0] / -2, results[i][1] / 4
     return results, inputs
+
+
+def scaled(inputs):
+    return inputs._replace(query=inputs.query * 0.5, key=inputs.key * 2, value=inputs.value * -0.5)
 
 
 def compare_all(chosen):
@@ -107,17 +112,17 @@ def gated(q, k, v, gate, residual, cosine, sine):
     return (attended * torch.sigmoid(gate) + residual).bfloat16()
 
 
-def test_a_rotated_gated_block_is_two_kernels():
-    """Rotated keys are written by a kernel of their own; queries, attention, gate, residual and cast are the other."""
+def test_a_rotated_gated_block_is_one_kernel():
+    """Rotated queries and keys, attention, gate, residual and cast."""
     q, k, v, gate, residual = image(5)
     angles = torch.randn(2, 9, 12, 1, 16)
     (source,) = compile_and_compare(gated, q, k, v, gate, residual, *angles.unbind(), tolerance=1e-2)
     assert found() == (1, 1)
-    assert source.count("async_compile.cpp_pybinding") == 2 and "torch.ops.natten" not in source
-    assert source.count("empty_strided_cpu(") == 2  # rotated keys and the result: no rotated queries
+    assert source.count("async_compile.cpp_pybinding") == 1 and "torch.ops.natten" not in source
+    assert source.count("empty_strided_cpu(") == 1  # the result
     inside = source[source.index("const auto compute_query") : source.index("const auto hooks")]
-    prologue, epilogue = inside.split("const auto take_out")
-    assert "at::vec::Vectorized" in prologue and "at::vec::Vectorized" in epilogue
+    for part in re.split("const auto (?:compute_key|take_out)", inside):
+        assert "at::vec::Vectorized" in part
 
 
 def test_structure_of_a_block_in_inference_and_training():
@@ -128,8 +133,6 @@ def test_structure_of_a_block_in_inference_and_training():
     assert_expected_inline(
         skeleton(inference),
         """\
-new float32 [2, 6, 7, 2, 8]
-kernel
 new bfloat16 [2, 6, 7, 2, 8]
 attention and its neighbours""",
     )
@@ -227,7 +230,7 @@ def test_rotary_embeddings_in_every_spelling():
 
 
 def test_rotary_embeddings_of_keys_and_in_complex_numbers():
-    """Keys are rotated by one kernel that writes them once; complex products are real ones."""
+    """Keys are rotated where they are packed, as queries are; complex products are real ones."""
     q, k, v = image(3, dim=32)
     cosine, sine = torch.randn(2, 2, 9, 12, 1, 16).unbind()
     table = torch.complex(cosine, sine)
@@ -249,7 +252,7 @@ def test_rotary_embeddings_of_keys_and_in_complex_numbers():
         )
         steps = skeleton(source).splitlines()
         kinds = ["new" if step.startswith("new float32 [2, 9, 12, 4") else step for step in steps]
-        assert kinds == ["new", "kernel", "new", "attention and its neighbours"]  # rotated keys, and the result
+        assert kinds == ["new", "attention and its neighbours"]  # the result
     trained = [t.requires_grad_() for t in (q, k, v)]
     attend = torch.compile(lambda q, k, v: natten_ops.na2d(pairs(q), pairs(k), v, kernel_size=3).sin().sum())
     want = natten_ops.na2d(pairs(q), pairs(k), v, kernel_size=3).sin().sum()
@@ -269,9 +272,62 @@ def test_both_outputs_with_what_follows_each():
 
 
 def test_packed_projections_are_read_in_place():
-    x = torch.randn(2, 9, 12, 3, 4, 16)
-    (source,) = compile_and_compare(lambda x: natten_ops.na2d(*x.sin().unbind(3), kernel_size=3), x)
-    assert found()[0] == 1 and source.count("async_compile.cpp_pybinding") == 2  # the sine, and ours
+    x, weight = torch.randn(2, 9, 12, 32), torch.randn(192, 32)
+    (source,) = compile_and_compare(
+        lambda x, w: natten_ops.na2d(*(x @ w.T).unflatten(-1, (3, 4, 16)).unbind(3), kernel_size=3), x, weight
+    )
+    assert found()[0] == 1 and source.count("async_compile.cpp_pybinding") == 1
+
+
+VOLUME = (6, 16, 12)  # each key is packed about twice
+PRODUCERS = {  # name: (what makes keys and values, whether it is computed where they are packed)
+    "a weight": (lambda x, weight: x * weight, True),
+    "a norm's weight": (lambda x, weight: torch.nn.functional.rms_norm(x, [32], weight), False),
+    "repeated heads": (lambda x, weight: x[..., :1, :].expand_as(x).clone(), True),
+    "rotated pairs": (lambda x, weight: torch.stack([-x[..., 1::2] * weight[1], x[..., ::2]], -1).flatten(-2), True),
+    "a long expression": (lambda x, weight: ((x * 2 + weight) * weight - x.abs()) * 3 + weight * x, False),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_keys_are_computed_anew_where_that_costs_less_than_writing_them(name):
+    """In a volume; in an image, whose keys are packed about once, all of them are."""
+    make, inside = PRODUCERS[name]
+    weight = torch.randn(32)
+    for shape, expected_inside in ((VOLUME, inside), (VOLUME[1:], True)):
+        q, k, v = torch.randn(3, 2, *shape, 2, 32).unbind()
+        attend = natten_ops.na3d if len(shape) == 3 else natten_ops.na2d
+        (source,) = compile_and_compare(
+            lambda q, k, v, w, attend=attend: attend(q, make(k, w), make(v, w), kernel_size=5), q, k, v, weight
+        )
+        assert found()[0] == 1
+        assert ("compute_key =" in source) == ("compute_value =" in source) == expected_inside, shape
+        counters.clear()
+
+
+def test_keys_that_others_read_are_read_from_memory():
+    """Such as those of a cache: they are written anyway."""
+    q, k, v = image(3)
+
+    def step(q, k, v):
+        key = k * 2
+        return natten_ops.na2d(q, key, v * 3, kernel_size=3), key
+
+    (source,) = compile_and_compare(step, q, k, v)
+    assert "compute_key =" not in source and "compute_value =" in source
+
+
+@pytest.mark.parametrize("length, window", [(4096, 31), (300, 300), (100, 1)])
+def test_times_that_a_key_is_packed(length, window):
+    """Of a line: strips of about 128 queries, a multiple of the lanes, each of which packs the union of its windows."""
+    x = torch.randn(1, length, 1, 8)
+    lists = [[window], [1], [1], [False]], [[], [], []]
+    have = torch.ops.natten._cpu_tiled_times_packed(x, x, x, *lists[0], *[None] * 4, *lists[1], True)
+    lanes = torch.ops.natten._cpu_vector_bytes() // 4
+    strip = math.ceil(math.ceil(length / math.ceil(length / 128)) / lanes) * lanes
+    start = lambda i: min(max(i - window // 2, 0), length - window)  # noqa: E731
+    packed = sum(start(min(i + strip, length) - 1) + window - start(i) for i in range(0, length, strip))
+    assert have == pytest.approx(packed / length)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

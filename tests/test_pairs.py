@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Queries that are rotated in interleaved pairs: vector code in the attention's kernel, whatever the spelling."""
+"""Queries and keys that are rotated in interleaved pairs: vector code in the attention's kernel, whatever the spelling."""
+
+import re
 
 import pytest
 import torch
@@ -78,7 +80,7 @@ def tensors(dim, dtype=torch.float32):
 
 def code_of_query(source):
     hooks = source.split("const auto compute_query")[1:]
-    return [hook.split("const auto take_out")[0] for hook in hooks]
+    return [re.split("const auto (?:compute_key|take_out)", hook)[0] for hook in hooks]
 
 
 def attend(rotate):
@@ -93,6 +95,18 @@ def test_spellings(rotate):
     (code,) = code_of_query(source)
     assert "natten::take_every_second(" in code and "natten::join_pairs(" in code and "at::vec::Vectorized" in code
     assert not any(sign in code for sign in ("div_floor", "%", "blendv", "tmpbuf"))
+
+
+def test_keys():
+    """As the queries, in the same kernel, with local rows of their own."""
+
+    def both(q, k, v, *tables):
+        return natten_ops.na2d(by_stack(q, *tables), by_stack(k, *tables), v, kernel_size=3) * 2
+
+    (source,) = compile_and_compare(both, *tensors(DIM))
+    code = source.split("const auto compute_key")[1].split("const auto take_out")[0]
+    assert "natten::take_every_second(" in code and "natten::join_pairs(key_buf" in code
+    assert source.count("async_compile.cpp_pybinding") == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)

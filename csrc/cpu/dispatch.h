@@ -14,6 +14,7 @@ struct ForwardKernels {
   int64_t (*query_items)(const Problem&);
   int64_t (*scratch_bytes)(const Problem&);
   Pass forward;  // items: query items
+  double (*times_packed)(const Problem&);  // of the tiled path: how often a key is packed, on average
 };
 
 struct BackwardKernels {

@@ -21,20 +21,24 @@
 namespace natten {
 namespace {
 
-// How queries come in and outputs go out where the problem's tensors do not say: generated code computes the queries of a
-// few tokens, and goes on with their outputs or log-sum-exps, while they are hot.
+// How tokens come in and outputs go out where the problem's tensors do not say: generated code computes the queries, keys or
+// values of a few tokens, and goes on with outputs or log-sum-exps, while they are hot.
 // hook(batch, head, token, inner, places, count, numbers, pitch): tokens in the caller's axes, of which `inner` takes the
 // `places` and the others are token's; a row of numbers for each, `pitch` apart.
 struct Nothing {};
-template <class Query, class Out, class Lse> struct Hooks {
-  static constexpr bool computes_query = !std::is_same_v<Query, Nothing>, takes_out = !std::is_same_v<Out, Nothing>,
+template <class Query, class Key, class Value, class Out, class Lse> struct Hooks {
+  static constexpr bool computes_query = !std::is_same_v<Query, Nothing>, computes_key = !std::is_same_v<Key, Nothing>,
+                        computes_value = !std::is_same_v<Value, Nothing>, takes_out = !std::is_same_v<Out, Nothing>,
                         takes_lse = !std::is_same_v<Lse, Nothing>;
+  static constexpr bool computes = computes_query || computes_key || computes_value;
   const Query* query = nullptr;
+  const Key* key = nullptr;
+  const Value* value = nullptr;
   const Out* out = nullptr;
   const Lse* lse = nullptr;
 };
 template <class... Functions> Hooks<Functions...> make_hooks(const Functions&... functions) { return {&functions...}; }
-using NoHooks = Hooks<Nothing, Nothing, Nothing>;
+using NoHooks = Hooks<Nothing, Nothing, Nothing, Nothing, Nothing>;
 
 template <class T, class G = Anything, class H = NoHooks> struct Forward {
   using Element = T;
@@ -51,7 +55,7 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
   int additional_here;  // tokens that are attended to here: all with the first part of a window
   A *queries, *scores, *sums;
   A *inverse, *earlier;  // of each query: 1 / total; or the factors of this part's sums (0: nothing seen) and of earlier ones
-  A* computed;        // queries of a row of a chunk, dense
+  A* computed;        // tokens that are to be packed, dense: queries of a row of a chunk, or a vector of keys or values
   int64_t* counting;  // 0, 1, 2, ..
   Visit<A>* visits;  // of each row of a block
   int listed[kRows];
@@ -74,8 +78,8 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
     inverse = c.take<A>(t.rows * t.chunk * W);
     earlier = t.whole ? nullptr : c.take<A>(t.rows * t.chunk * W);
     gathered.carve(c, t, keys.value.pitch);
-    computed = H::computes_query ? c.take<A>(t.chunk * W * p.head_dim) : nullptr;
-    counting = H::computes_query ? c.take<int64_t>(t.chunk * W) : nullptr;
+    computed = H::computes ? c.take<A>(larger(t.chunk * W * p.head_dim, W * p.value_dim)) : nullptr;
+    counting = H::computes ? c.take<int64_t>(t.chunk * W) : nullptr;
     visits = c.take<Visit<A>>(t.rows * visits_per_row());
     bytes = c.used;
     most = outputs_per_group(int(keys.value.pitch / W), int(t.part[2]));
@@ -103,7 +107,7 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
   }
   void attend_block(const Owner& owner, const BlockRow* rows, int count) {
     const int64_t group = p.heads / p.heads_kv;
-    keys.bring(owner, strip, rows, count);
+    keys.bring(owner, strip, rows, count, *this);
     for (int64_t n = 0; n < t.heads_together; ++n) {
       list_block(n, rows, count);
       for (int64_t h = 0; h < group; ++h) attend(owner, n, (owner.head + n) * group + h, rows, count);
@@ -138,17 +142,25 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
     if constexpr (H::computes_query) {
       const int tokens = int(smaller(to * W, strip.queries)) - from * W;
       for (int r = 0; r < count; ++r) {
-        call(*hooks.query, owner, head, rows[r], strip.query_token + from * W, tokens, computed, p.head_dim);
+        call(*hooks.query, owner, head, rows[r].z, rows[r].y, strip.query_token + from * W, tokens, computed, p.head_dim);
         pack_query_row(TokenRow<A>{computed, counting, p.head_dim, 1, 0}, tokens, p.head_dim, keys.score_dim, queries + r * t.chunk * keys.score_dim * W);
       }
     } else {
       pack_queries<T>(p, p.query, owner, head, rows, count, strip, t, from, to, p.head_dim, keys.score_dim, queries);
     }
   }
+  // What bring() asks of the source of keys (0) and values (1).
+  template <int I> static constexpr bool computes = I ? H::computes_value : H::computes_key;
+  template <int I> TokenRow<A> compute(const Owner& owner, int64_t head, int64_t z, int64_t y, const int64_t* places, int count) const {
+    const int64_t dim = I ? p.value_dim : p.head_dim;
+    if constexpr (I) call(*hooks.value, owner, head, z, y, places, count, computed, dim);
+    else call(*hooks.key, owner, head, z, y, places, count, computed, dim);
+    return {computed, counting, dim, 1, 0};
+  }
   template <class Hook>
-  void call(const Hook& hook, const Owner& owner, int64_t head, const BlockRow& row, const int64_t* places, int count, A* numbers, int64_t pitch) const {
+  void call(const Hook& hook, const Owner& owner, int64_t head, int64_t z, int64_t y, const int64_t* places, int count, A* numbers, int64_t pitch) const {
     int64_t token[kAxes];
-    token[p.order[0]] = row.z, token[p.order[1]] = row.y, token[p.order[2]] = 0;
+    token[p.order[0]] = z, token[p.order[1]] = y, token[p.order[2]] = 0;
     hook(owner.batch, head, token, p.order[2], places, count, numbers, pitch);
   }
   void finish_softmax(const Owner& owner, int64_t head, const BlockRow& row, int r, int v, int from) {
@@ -172,7 +184,7 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
     if constexpr (H::takes_lse) {
       A numbers[W];
       store(numbers, lse);
-      call(*hooks.lse, owner, head, row, strip.query_token + v * W, lanes, numbers, 1);
+      call(*hooks.lse, owner, head, row.z, row.y, strip.query_token + v * W, lanes, numbers, 1);
     } else {
       A* const out = row_of<A>(p.lse, owner.batch, head, row.z, row.y);
       for (int l = 0; l < lanes; ++l) out[strip.query_token[v * W + l] * p.lse.token[2]] = lse[l];
@@ -193,7 +205,7 @@ template <class T, class G = Anything, class H = NoHooks> struct Forward {
   void write_rows(const Owner& owner, int64_t head, const BlockRow& row, int first, int count, A* rows) const {
     const int64_t* const places = strip.query_token + first;
     if constexpr (H::takes_out) {
-      call(*hooks.out, owner, head, row, places, count, rows, keys.value.pitch);
+      call(*hooks.out, owner, head, row.z, row.y, places, count, rows, keys.value.pitch);
     } else {
       T* const to = row_of<T>(p.out, owner.batch, head, row.z, row.y);
       for (int n = 0; n < count; ++n) write_row<T>(rows + n * keys.value.pitch, to + places[n] * p.out.token[2], p.value_dim);

@@ -171,6 +171,11 @@ inline Statistics<A> weigh_vector(A* scores, const Problem& p, const Tiling& t, 
   return s;
 }
 
+// A source of keys and values that has nothing to compute.
+struct InMemory {
+  template <int I> static constexpr bool computes = false;
+};
+
 // The packed rows of keys and values that an owner's block sees, and its additional tokens, in the forms that a pass wants.
 template <class T> struct PackedKeys {
   using A = Accumulate<T>;
@@ -232,7 +237,8 @@ template <class T> struct PackedKeys {
         std::memset(additional_of(key, 0, n) + p.head_dim * additional_pitch(), 0, size_t(additional_pitch()) * sizeof(A));
     }
   }
-  void bring(const Owner& owner, const Strip<A>& strip, const BlockRow* block, int count) const {
+  // `source` computes what the problem's tensors do not hold.
+  template <class Source = InMemory> void bring(const Owner& owner, const Strip<A>& strip, const BlockRow* block, int count, const Source& source = {}) const {
     for (int64_t z = block[0].z_begin; z < block[0].z_end; ++z)
       for (int64_t y = block[0].y_begin; y < block[count - 1].y_end; ++y) {
         const int64_t slot = ring.slot(z, y);
@@ -240,17 +246,28 @@ template <class T> struct PackedKeys {
         const int64_t zt = t.axis[0].key_token(z), yt = t.axis[1].key_token(y);
         const int64_t next = y + 1 < p.kv_shape[1] ? t.axis[1].key_token(y + 1) : yt;
         for (int64_t n = 0; n < t.heads_together; ++n) {
-          pack(tokens_of<T>(p.key, owner.batch, owner.head + n, zt, yt, strip.key_token, next), strip.columns, key, n * rows() + slot);
-          pack(tokens_of<T>(p.value, owner.batch, owner.head + n, zt, yt, strip.key_token, next), strip.columns, value, n * rows() + slot);
+          bring_row<0>(source, owner, n, zt, yt, next, strip, n * rows() + slot);
+          bring_row<1>(source, owner, n, zt, yt, next, strip, n * rows() + slot);
           if (p.key_mask.data) mask_row(row_of<uint8_t>(p.key_mask, owner.batch, 0, zt, yt), strip, n * rows() + slot);
         }
       }
   }
 
  private:
-  void pack(const TokenRow<T>& row, int columns, const Form& form, int64_t slot) const {
-    if (form.transposed) pack_transposed(row, columns, form.dim, form.ring[0] + slot * form.size[0], t.pitch, W);
-    if (form.dense) pack_dense(row, columns, form.dim, form.ring[1] + slot * form.size[1], form.pitch);
+  template <int I, class Source>
+  void bring_row(const Source& source, const Owner& owner, int64_t n, int64_t z, int64_t y, int64_t next, const Strip<A>& strip, int64_t slot) const {
+    if constexpr (Source::template computes<I>) {
+      for (int i = 0; i < strip.columns; i += W) {
+        const int some = int(smaller(W, strip.columns - i));
+        pack(source.template compute<I>(owner, owner.head + n, z, y, strip.key_token + i, some), some, form[I], slot, i);
+      }
+    } else {
+      pack(tokens_of<T>(I ? p.value : p.key, owner.batch, owner.head + n, z, y, strip.key_token, next), strip.columns, form[I], slot, 0);
+    }
+  }
+  template <class E> void pack(const TokenRow<E>& row, int columns, const Form& to, int64_t slot, int first) const {
+    if (to.transposed) pack_transposed(row, columns, to.dim, to.ring[0] + slot * to.size[0] + first, t.pitch, W);
+    if (to.dense) pack_dense(row, columns, to.dim, to.ring[1] + slot * to.size[1] + first * to.pitch, to.pitch);
   }
   void pack_additional(const Owner& owner, const Rows& rows, const Form& form, int64_t n) const {
     for (int64_t from = 0; from < p.additional; from += W) {

@@ -26,7 +26,11 @@ template <class Pass> void run_all(const Problem& p, void* memory, int64_t, int6
   Pass pass(q, Pass::tiling(q), memory);
   for (int64_t item = begin; item < end; ++item) pass.run(Owner::of(q, pass.t, item));
 }
-template <class Pass> cpu::ForwardKernels make_pass() { return {all_owners<Pass>, scratch_bytes<Pass>, run_all<Pass>}; }
+template <class Pass> double times_packed_by(const Problem& p) {
+  const Problem q = turned_for<Pass>(p);
+  return times_packed(q, Pass::tiling(q));
+}
+template <class Pass> cpu::ForwardKernels make_pass() { return {all_owners<Pass>, scratch_bytes<Pass>, run_all<Pass>, times_packed_by<Pass>}; }
 
 template <class A> int64_t pitch_of(int64_t dim) { return round_up(dim, kLanes<A>); }
 // Of each part: sums of the bias tables, of the additional keys and of the additional values.

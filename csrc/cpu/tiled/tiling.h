@@ -164,23 +164,45 @@ struct BlockRow {
   int64_t z, y, z_begin, z_end, y_begin, y_end, z_bias, y_bias;
 };
 
-// Calls visit(rows, count) for the blocks of an owner; all rows of a block have the same outer place and dilation group.
-template <class Visit> inline void for_blocks(const Problem& p, const Tiling& t, const Owner& owner, const Visit& visit) {
-  const PlacedAxis &outer = t.axis[0], &middle = t.axis[1];
-  for (int64_t place = owner.row_begin; place < owner.row_end;) {
-    const int64_t left = smaller(middle.group_end(place), owner.row_end) - place;
+// Calls visit(rows, count) for blocks of the rows [begin, end) of the middle axis; all of a block are of one dilation group.
+template <class Visit> inline void for_middle_blocks(const Tiling& t, int64_t begin, int64_t end, const Visit& visit) {
+  const PlacedAxis& middle = t.axis[1];
+  for (int64_t place = begin; place < end;) {
+    const int64_t left = smaller(middle.group_end(place), end) - place;
     const int count = int(ceil_div(left, ceil_div(left, t.rows)));
     BlockRow rows[kRows];
     int made = 0;
     middle.for_queries(place, place + count, [&](const Query& q) {
       rows[made].y = q.token, rows[made].y_begin = q.first, rows[made].y_end = q.end, rows[made++].y_bias = q.bias;
     });
-    outer.for_queries(0, p.q_shape[0], [&](const Query& q) {
+    visit(rows, count);
+    place += count;
+  }
+}
+// The same for the blocks of an owner, at each place of the outer axis.
+template <class Visit> inline void for_blocks(const Problem& p, const Tiling& t, const Owner& owner, const Visit& visit) {
+  for_middle_blocks(t, owner.row_begin, owner.row_end, [&](BlockRow* rows, int count) {
+    t.axis[0].for_queries(0, p.q_shape[0], [&](const Query& q) {
       for (int r = 0; r < count; ++r) rows[r].z = q.token, rows[r].z_begin = q.first, rows[r].z_end = q.end, rows[r].z_bias = q.bias;
       visit(rows, count);
     });
-    place += count;
+  });
+}
+
+// How many times a key is packed, on average: strips overlap, and so do ranges of rows, or blocks of them where each
+// walks an outer axis.
+inline double times_packed(const Problem& p, const Tiling& t) {
+  double columns = 0, rows = 0;
+  for (int64_t begin = 0; begin < p.q_shape[2]; begin += t.strip)
+    columns += double(t.axis[2].query_at(smaller(begin + t.strip, p.q_shape[2]) - 1).end - t.axis[2].query_at(begin).first);
+  for (int64_t begin = 0; begin < p.q_shape[1]; begin += t.range) {
+    int64_t kept = 0;  // the end of the rows of keys that are still there
+    for_middle_blocks(t, begin, smaller(begin + t.range, p.q_shape[1]), [&](const BlockRow* block, int count) {
+      const int64_t end = block[count - 1].y_end, first = p.q_shape[0] > 1 ? block[0].y_begin : larger(kept, block[0].y_begin);
+      rows += double(larger(end - first, 0)), kept = larger(kept, end);
+    });
   }
+  return columns / double(p.kv_shape[2]) * rows / double(p.kv_shape[1]);
 }
 
 // The tables of a strip.
