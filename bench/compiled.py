@@ -180,7 +180,14 @@ def backward(rounds: int) -> Iterator[str]:
         return bare(q, k, v, gate, window) * torch.sigmoid(gate)
 
     def rotated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, window: int, *angles: Tensor) -> Tensor:
-        return bare(rope(q, *angles), rope(k, *angles), v, gate, window)
+        return bare(rope(q, *angles), k, v, gate, window)
+
+    def of_gate(grad: Tensor, out: Tensor, gate: Tensor) -> Tensor:
+        share = torch.sigmoid(gate)
+        return grad * out * share * (1 - share)
+
+    def of_both(grad: Tensor, out: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        return of_gate(grad, out, gate), grad * torch.sigmoid(gate)
 
     torch._functorch.config.donated_buffer = False  # the same outputs are differentiated again and again
     for size, dim, window in ((56, 32, 7), (112, 32, 7), (32, 64, 13)):
@@ -195,9 +202,18 @@ def backward(rounds: int) -> Iterator[str]:
             wanted = leaves if function is gated else leaves[:3]
             grad = torch.randn_like(out)
             functions[function.__name__] = functools.partial(torch.autograd.grad, out, wanted, grad, retain_graph=True)
+        with torch.no_grad():
+            for kernel in (of_gate, of_both):
+                call = torch.compile(kernel, fullgraph=True, dynamic=False, backend=own_backend())
+                call(*tensors[:3])
+                functions[kernel.__name__] = functools.partial(call, *tensors[:3])
         times = interleave(functions, rounds, block_seconds=0.1)
-        shares = [1 - median_ratio(times["bare"], times[name]) for name in ("gated", "rotated")]
-        yield f"{size}x{size}, head dim {dim}, window {window}: of the backward a gate takes {shares[0]:.3f}, rotations {shares[1]:.3f}"
+        gate, rotation = (1 - median_ratio(times["bare"], times[name]) for name in ("gated", "rotated"))
+        one, two = (median_ratio(times[name], times["gated"]) for name in ("of_gate", "of_both"))
+        yield (
+            f"{size}x{size}, head dim {dim}, window {window}: of the backward a gate takes {gate:.3f} (its own gradient {one:.3f}, "
+            f"with that of the output {two:.3f}), the queries' rotation {rotation:.3f}"
+        )
 
 
 def twelve_blocks(rounds: int) -> Iterator[str]:

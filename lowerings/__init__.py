@@ -21,7 +21,7 @@ from natten_ops.geometry import params
 def salt() -> str:
     """The version, and a hash of the engine and of all that decides what is made of it: the files of this folder, the
     geometry, the facts of backends and of compilers, and whether the compiler at hand can compile the engine."""
-    digest = hashlib.sha256(f"{engine.engine_text()}{engine.why_not_compiled()}".encode())
+    digest = hashlib.sha256(f"{engine.engine_text()}{_compiler.why_not_here()}".encode())
     folders = (Path(__file__).parent, Path(params.__file__).parent)
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in {".py", ".jinja"}]
     for path in (*files, Path(backends.__file__), Path(_compiler.__file__)):

@@ -9,10 +9,6 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
-
-from natten_ops import _compiler
 from natten_ops._library import library_path
 
 # Loops are written for the contraction of a * b + c, which Inductor's flags forbid (15-18 % of the time without), and
@@ -37,14 +33,6 @@ _AFTER = """
 #endif
 #endif
 """
-
-
-def why_not_compiled() -> str | None:
-    """The reason why the compiler that Inductor found cannot compile the engine, or None."""
-    try:
-        return _compiler.why_not(get_cpp_compiler())
-    except InvalidCxxCompiler:
-        return _compiler.why_not(_compiler.default())
 
 
 @functools.cache

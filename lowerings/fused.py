@@ -16,9 +16,9 @@ from torch._inductor.pattern_matcher import fwd_only
 from torch._inductor.virtualized import ops
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from natten_ops import backends
+from natten_ops import _compiler, backends
 from natten_ops.geometry.params import Box, NAParams, make_box, make_params
-from natten_ops.lowerings import autotune, engine
+from natten_ops.lowerings import autotune
 from natten_ops.lowerings._compat import V, empty_strided, hints, ir, select
 from natten_ops.lowerings.pairs import PairedToken
 from natten_ops.lowerings.template import ForwardTemplate, Geometry, token_index
@@ -93,7 +93,7 @@ def why_not_template(
     if any(V.graph.sizevars.statically_known_equals(size, 0) for size in sizes):
         return "a tensor is empty"
     reasons = backends.why_not_inlined(_described(inputs, params, scale, make_box(params.rank, *box)))
-    return "; ".join(reasons) if reasons else engine.why_not_compiled()
+    return "; ".join(reasons) if reasons else _compiler.why_not_here()
 
 
 def _described(inputs: Sequence[Any], params: NAParams, scale: float | None, box: Box | None) -> backends.Problem:

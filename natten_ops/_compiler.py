@@ -7,16 +7,21 @@ import functools
 import os
 import platform
 import subprocess
-import sys
 
 _LEAST = {"g++": 11, "clang++": 14}
 # Before these a compiler has no _Float16 on x86, and the engine takes the CPU's own conversions (F16C).
 _WITH_FLOAT16 = {"g++": 12, "clang++": 15}
 
 
-def default() -> str:
-    """The compiler that torch.compile takes where its config names none."""
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+def why_not_here() -> str | None:
+    """The reason why the compiler that torch.compile takes here cannot compile the engine, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # eager users import no Inductor
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return why_not(get_cpp_compiler())
+    except InvalidCxxCompiler:  # it found none
+        return why_not(os.environ.get("CXX") or "g++")
 
 
 @functools.cache

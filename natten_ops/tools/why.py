@@ -93,7 +93,7 @@ def _backend_lines(problem: backends.Problem, whole: backends.Problem) -> list[s
             f"chosen   {chosen.name}: {chosen.note}",
             f"         {nature}, verified on {chosen.verified_on}",
         ]
-        too_old = _compiler.why_not(_compiler.default())
+        too_old = _compiler.why_not_here()
         reasons = backends.why_not_inlined(whole) or ([too_old] if too_old else [])
         compiled = f"as a call: generated code {'; '.join(reasons)}" if reasons else "as one kernel with its neighbours"
         lines.append(f"compiled {compiled}; backward: a call")
