@@ -141,7 +141,7 @@ def test_caches_see_every_rule(name, monkeypatch):
 def test_caches_see_the_compiler(monkeypatch):
     """A kernel that was cached beside a new compiler is not given to an old one, nor the call to a new one."""
     before = lowerings.salt()
-    monkeypatch.setattr(lowerings.engine, "why_not_compiled", lambda: "too old")
+    monkeypatch.setattr(lowerings._compiler, "why_not_here", lambda: "too old")
     assert lowerings.salt() != before
 
 
