@@ -77,14 +77,20 @@ template <class T, int kDim, int kColumns> DEVICE void multiply(float (&scores)[
   }
 }
 
-// sums += weights . columns, numbers [first, first + kOut) of the columns' rows. Weights are rounded here, once.
+// Weights of 16 columns as 16-bit left operand: two accumulators of scores. They are rounded here, once.
+template <class T> DEVICE void pack_weights(uint32_t (&left)[4], const float (&low)[4], const float (&high)[4]) {
+  left[0] = ptx::pack<T>(low[0], low[1]), left[1] = ptx::pack<T>(low[2], low[3]);
+  left[2] = ptx::pack<T>(high[0], high[1]), left[3] = ptx::pack<T>(high[2], high[3]);
+}
+
+// sums += weights . columns, numbers [first, first + kOut) of the columns' rows.
 template <class T, int kDim, int kOut, int kColumns>
 DEVICE void add_product(float (&sums)[kOut / 8][4], const float (&weights)[kColumns / 8][4], uint32_t columns, int first) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int n = 0; n < kColumns / 16; ++n) {
-      const float(&low)[4] = weights[2 * n], (&high)[4] = weights[2 * n + 1];  // two accumulators of scores are one left operand
-      const uint32_t left[4] = {ptx::pack<T>(low[0], low[1]), ptx::pack<T>(low[2], low[3]), ptx::pack<T>(high[0], high[1]), ptx::pack<T>(high[2], high[3])};
+      uint32_t left[4];
+      pack_weights<T>(left, weights[2 * n], weights[2 * n + 1]);
 #pragma unroll
       for (int d = 0; d < kOut / 16; ++d) {
         uint32_t right[4];
