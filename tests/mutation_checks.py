@@ -338,6 +338,7 @@ BOXES = {
     "square": Problem((25, 25), (16, 16), batch=1, heads=1),
     "short_group": TILES["short_group"],
     "volume": Problem((5, 6, 7), (3, 4, 3), dilation=(1, 1, 2), batch=1, heads=1),
+    "sparse": Problem((1, 40, 40), (1, 12, 12), batch=1, heads=1),  # of some boxes half of a tile of 128 sees nothing
     "plain_box": Problem((20, 31), (5, 8), dilation=(2, 3), box=((5, 6), (9, 19)), heads=2, group=2, batch=1),
     "packed": Problem((9, 7), (3, 5), heads=4, group=2, packed=True),
     "no_batch": Problem((5, 5), (3, 3), batch=0),
@@ -358,7 +359,10 @@ def boxes(name: str, head_dim: int, **more: Any) -> functools.partial[None]:
 
 OF_HOPPER = {
     **{f"boxes {name}": boxes(name, 64) for name in BOXES},
-    **{f"long boxes {name}": boxes(name, 128) for name in ("line", "square", "packed")},
+    **{
+        f"long boxes {name}": boxes(name, 128)
+        for name in ("line", "causal", "square", "short_group", "sparse", "packed")
+    },
     **{f"boxes {place}": boxes("packed", 64, place=place) for place in ("heads first", "spread")},
     "bfloat16": boxes("packed", 64, dtype=torch.bfloat16),
     **{

@@ -46,7 +46,13 @@ UNUSED = {
         Mutation(
             "short boxes", HOPPER, "", "? run<ptx::f16, 64>(p, stream) : run<ptx::f16, 128>(p, stream)", "? 0 : 0"
         ),
-        Mutation("boxes", HOPPER, "", "? run<ptx::bf16, 64>(p, stream) : run<ptx::bf16, 128>(p, stream)", "? 0 : 0"),
+        Mutation(
+            "boxes",
+            HOPPER,
+            "",
+            "? run<ptx::bf16, 64>(p, stream) : run<ptx::bf16, 128>(p, stream)",
+            "? nullptr : nullptr",
+        ),
     )
 }
 

@@ -32,7 +32,7 @@ REGISTERS = {
     "QueryGradient": {16: 144, 32: 152, 64: 184, 128: 176, 256: 200},
     "KeyGradient": {16: 144, 32: 176, 64: 200, 128: 240, 256: 208},
 }
-# Of the Hopper forward at either 16-bit type, by head dim: up to 136 three of its blocks of 160 threads fit, up to 200 two.
+# Of the Hopper forward at either 16-bit type, by head dim: up to 112 three of its blocks of 160 threads fit, up to 200 one of 288.
 OF_BOXES = {64: 112, 128: 152}
 # Of the general path: every kernel, and a source with each for float32 and float16 and the fewest registers of a row.
 GENERAL = (
@@ -170,7 +170,7 @@ def test_hopper_kernels_do_not_spill(dim, tmp_path):
 
 
 # As PER_SCORE, wgmma and barriers included; the copies are another warp's.
-PER_SCORE_OF_BOXES = {64: (12.0, 18.5), 128: (13.8, 20.8)}
+PER_SCORE_OF_BOXES = {64: (12.0, 18.5), 128: (15.6, 21.7)}
 
 
 @needs_nvcc

@@ -97,8 +97,9 @@ def test_several_tiles_and_more_boxes_than_stages(name):
     compare(fitting(LONG[name]), torch.float16)
 
 
-@pytest.mark.parametrize("name", ["line", "square", "dilated box"])
-def test_the_longer_head_dim_has_fewer_stages(name):
+@pytest.mark.parametrize("name", LONG)
+def test_halves_of_a_tile_that_share_their_boxes(name):
+    """The longer rows: two warpgroups, each passing over boxes that only the other sees."""
     compare(fitting(LONG[name], head_dim=128), torch.bfloat16)
 
 

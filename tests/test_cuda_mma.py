@@ -223,11 +223,11 @@ WASTE = {
 }
 
 
-def plan_of(axes, key_rows=False, most=64):
+def plan_of(axes, key_rows=False, rows=64, most=64):
     """Shapes of a row tile and of a column box, on three axes of (length, kernel, stride, dilation, causal)."""
     numbers = (ctypes.c_int64 * 15)(*(number for axis in axes for number in axis))
     plan = (ctypes.c_int64 * 6)()
-    emulated.library().natten_tile_plan(numbers, int(key_rows), most, plan)
+    emulated.library().natten_tile_plan(numbers, int(key_rows), rows, most, plan)
     return list(plan[:3]), list(plan[3:])
 
 

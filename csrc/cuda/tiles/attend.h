@@ -18,9 +18,9 @@
 namespace natten::cuda::tiles {
 namespace {
 
-// What a pass of a head dim takes: columns of a box, numbers of a row that a block sums, boxes in memory.
+// What a pass of a head dim takes: rows and threads of a block, columns of a box, numbers of a row that a block sums, boxes in memory.
 template <class T, int kDim_, Pass kPass_, bool kExtras_> struct Shape {
-  static constexpr int kDim = kDim_;
+  static constexpr int kDim = kDim_, kRows = 64, kThreads = 32 * (kRows / kWarpRows);
   static constexpr Pass kPass = kPass_;
   static constexpr bool kExtras = kExtras_;  // a bias table, a key mask or additional tokens
   static constexpr bool kKeyRows = kPass == Pass::kKeyGradient, kBackward = kPass != Pass::kForward;
@@ -32,11 +32,11 @@ template <class T, int kDim_, Pass kPass_, bool kExtras_> struct Shape {
   static constexpr int kRowsBytes = kRowBytes * kRows, kBoxBytes = kRowBytes * kColumns;
   static constexpr int kScalars = 8 * kColumns;  // two numbers a column
   static constexpr int kStageBytes = 2 * kBoxBytes + kScalars;
-  static constexpr int kBytes = (kBackward ? 2 : 1) * kRowsBytes + kStages * kStageBytes + table_bytes(kColumns);
+  static constexpr int kBytes = (kBackward ? 2 : 1) * kRowsBytes + kStages * kStageBytes + table_bytes(kRows, kColumns);
 };
 
 template <class T, class S> struct Block {
-  static constexpr int kDim = S::kDim, kColumns = S::kColumns, kOut = S::kOut;
+  static constexpr int kDim = S::kDim, kRows = S::kRows, kThreads = S::kThreads, kColumns = S::kColumns, kOut = S::kOut;
   static constexpr bool kKeyRows = S::kKeyRows, kBackward = S::kBackward, kExtras = S::kExtras;
   using Element = typename S::Element;
   static constexpr int kOfChunk = Element::kOfChunk;
@@ -50,7 +50,7 @@ template <class T, class S> struct Block {
 
   DEVICE Block(const TileWork& w, int64_t item, uint32_t base)
       : work(w), p(w.p), first_out(int(item % (kDim / kOut)) * kOut), row_operands(base),
-        stages(row_operands + (kBackward ? 2 : 1) * S::kRowsBytes), tables(stages + S::kStages * S::kStageBytes, kColumns),
+        stages(row_operands + (kBackward ? 2 : 1) * S::kRowsBytes), tables(stages + S::kStages * S::kStageBytes, kRows, kColumns),
         tile(w, item / (kDim / kOut), tables) {}
 
   // ---- options; constants in kernels without them
@@ -487,7 +487,7 @@ template <class T, int kDim, bool kExtras> struct KeyGradient {
   }
 };
 
-template <class T, class Work> __global__ void __launch_bounds__(kThreads, 2) attend(const __grid_constant__ TileWork work) {
+template <class T, class Work> __global__ void __launch_bounds__(Work::S::kThreads, 2) attend(const __grid_constant__ TileWork work) {
   const Block<T, typename Work::S> block(work, work.first + ptx::block_index(0), ptx::shared_base());
   if (!block.prepare()) return;
   Work sums;

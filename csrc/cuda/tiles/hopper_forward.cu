@@ -41,9 +41,9 @@ constexpr int64_t kMostCoordinate = (int64_t(1) << 31) - 1;
 
 // How the heads of keys or values lie for TMA, whose tensors have five dimensions.
 struct HeadsOf {
-  int64_t row;          // numbers of the innermost dimension, no more than any stride
-  bool merged;          // heads are further samples
-  int64_t sample;       // stride of samples
+  int64_t row;     // numbers of the innermost dimension, no more than any stride
+  bool merged;     // heads are further samples
+  int64_t sample;  // stride of samples
 };
 
 // Whether every stride that is in use holds `row` numbers.
@@ -94,7 +94,7 @@ template <class T, int kDim> const char* run(const Problem& p, Stream stream) {
   constexpr bool is_bf16 = std::is_same_v<T, ptx::bf16>;
   const char* error = map_columns(p, work.plan, p.key, p.head_dim, is_bf16, &work.columns[0]);
   if (!error) error = map_columns(p, work.plan, p.value, p.value_dim, is_bf16, &work.columns[1]);
-  return error ? error : start_blocks<S>(attend_boxes<T, kDim>, kAllThreads, work, stream);
+  return error ? error : start_blocks<S>(attend_boxes<T, kDim>, S::kAllThreads, work, stream);
 }
 
 }  // namespace

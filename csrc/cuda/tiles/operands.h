@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Tensor-core path: boxes of tokens in shared memory, and products of them.
-// Legend: an operand is kRows or fewer tokens, a row of kDim numbers each, 16-bit or float32 (multiplied as tf32); a chunk is 16
+// Legend: an operand is 64 or fewer tokens, a row of kDim numbers each, 16-bit or float32 (multiplied as tf32); a chunk is 16
 // bytes of a row, the unit of copies and of ldmatrix; a step is two chunks, what one mma multiplies. Chunk c of row r lies at
 // chunk c ^ (some bits of r), so that eight rows' chunks c lie in different banks. A fragment is what one thread holds of an mma
 // operand: of 16 x 8 numbers of an accumulator rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the next.
@@ -13,7 +13,7 @@
 namespace natten::cuda::tiles {
 namespace {
 
-constexpr int kWarpRows = 16, kThreads = 32 * (kRows / kWarpRows);
+constexpr int kWarpRows = 16;  // of a tile
 
 template <class T, int kDim> struct Operand {
   static constexpr int kOfChunk = 16 / sizeof(T), kOfStep = 2 * kOfChunk;  // numbers

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Tensor-core path: what a block works on, and the boxes that make it cheap. No device code.
 //
-// Rows are a box of kRows tokens of one dilation group and one head: queries, or keys in the pass for the gradients of keys
+// Rows are a box of 64 tokens, or 128, of one dilation group and one head: queries, or keys in the pass for the gradients of keys
 // and values. Columns are the tokens of the other side that those rows see: on each axis a range, because windows (and inverse
 // windows) grow with the token. The range is walked in boxes that start where it starts, not on a fixed grid.
 #pragma once
@@ -11,11 +11,10 @@ namespace natten::cuda::tiles {
 
 enum class Pass { kForward, kQueryGradient, kKeyGradient };
 
-constexpr int kRows = 64;
 constexpr int64_t kAnyReach = INT64_MAX;
 
 struct Plan {
-  int rows[kAxes];     // shape of a row tile, powers of two, kRows together
+  int rows[kAxes];     // shape of a row tile, powers of two
   int columns[kAxes];  // shape of a column box
   int tiles[kAxes];    // row tiles of a dilation group on each axis
   int groups[kAxes];   // dilation groups that have rows; the first is that of the first row
@@ -70,15 +69,15 @@ inline double choose_columns(const Seen* seen, int most, int* columns) {
   return best;
 }
 
-// The plan of a pass whose column boxes hold at most `most` tokens, and on every axis at most `reach` by the dilation, which is no
+// The plan of a pass whose row tiles hold `rows` tokens, a power of two, and whose column boxes hold at most `most`, and on every axis at most `reach` by the dilation, which is no
 // longer. From geometry alone, deterministic.
-inline Plan make_plan(const Problem& p, bool key_rows, int most, int64_t reach = kAnyReach) {
+inline Plan make_plan(const Problem& p, bool key_rows, int rows, int most, int64_t reach = kAnyReach) {
   Plan best{};
   double least = -1;
   const int64_t* shape = key_rows ? p.kv_shape : p.q_shape;
-  for (int x = kRows; x >= 1; x /= 2)
-    for (int y = kRows / x; y >= 1; y /= 2) {
-      Plan plan{{x, y, kRows / (x * y)}, {}, {}, {}};
+  for (int x = rows; x >= 1; x /= 2)
+    for (int y = rows / x; y >= 1; y /= 2) {
+      Plan plan{{x, y, rows / (x * y)}, {}, {}, {}};
       Seen seen[kAxes];
       for (int a = 0; a < kAxes; ++a) {
         const int64_t length = ceil_div(shape[a], p.axis[a].dilation);  // tokens of this tensor in one group, at most

@@ -8,7 +8,7 @@ namespace natten::cuda::tiles {
 namespace {
 
 template <class S> TileWork make_work(const Problem& p, int64_t reach = kAnyReach) {
-  return {p, make_plan(p, S::kKeyRows, S::kColumns, reach), 0, float(p.scale) * kLog2e};
+  return {p, make_plan(p, S::kKeyRows, S::kRows, S::kColumns, reach), 0, float(p.scale) * kLog2e};
 }
 
 // Every block of a pass; Given is a TileWork.
@@ -23,7 +23,7 @@ template <class S, class Kernel, class Given> const char* start_blocks(Kernel ke
 
 template <class T, class Sums> const char* run_pass(const Problem& p, Stream stream) {
   TileWork work = make_work<typename Sums::S>(p);
-  return start_blocks<typename Sums::S>(attend<T, Sums>, kThreads, work, stream);
+  return start_blocks<typename Sums::S>(attend<T, Sums>, Sums::S::kThreads, work, stream);
 }
 
 // The smallest head dim of the table that holds both: rows are filled up with zeros in shared memory.
