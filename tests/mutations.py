@@ -44,7 +44,11 @@ UNUSED = {
         ),
         Mutation("dims", RUN, "", "if (dim <= 64) return run_pass<T, Sums<T, 64, kExtras>>(p, stream);", ""),
         Mutation(
-            "short boxes", HOPPER, "", "? run<ptx::f16, 64>(p, stream) : run<ptx::f16, 128>(p, stream)", "? 0 : 0"
+            "short boxes",
+            HOPPER,
+            "",
+            "? run<ptx::f16, 64>(p, stream) : run<ptx::f16, 128>(p, stream)",
+            "? nullptr : nullptr",
         ),
         Mutation(
             "boxes",
