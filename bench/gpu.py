@@ -33,6 +33,7 @@ import natten_ops
 from bench import contenders
 from bench.cases import GPU_CASES, Case
 from bench.run import current_commit
+from natten_ops import backends
 
 FIELDS = ("case", "backend", "pass", "ms", "tflops", "of_dense", "of_copy", "against_ours", "device", "torch", "commit")
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,12 @@ SHAPES = {
     "volume": ((6, 10, 9), 3, 1),
     "everything": ((20, 18), 5, 2),
 }  # tokens, kernel, dilation
-PATHS = ((torch.float16, "cuda-mma"), (torch.float32, "cuda-mma-tf32"), (torch.float32, "cuda-general"))
+PATHS = (
+    (torch.float16, "cuda-mma"),
+    (torch.float32, "cuda-mma-tf32"),
+    (torch.float32, "cuda-general"),
+    (torch.float16, "cuda-wgmma"),
+)
 SECONDS_OF_CASE = 40.0  # what the first case is expected to take, most of it in FlexAttention's compiler
 
 
@@ -108,10 +114,20 @@ def yardstick(case: Case, kind: str, rounds: int) -> float:
 GENERAL_WORK = 1e11  # useful FLOPs; more would take the general path, which has no tensor cores, seconds a call
 
 
-def found(case: Case) -> dict[str, contenders.Attention]:
+def takes(backend: str, **facts: Any) -> bool:
+    """Whether a backend that runs only when named takes such a problem on this device."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    problem = backends.Problem("cuda", **facts, capability=10 * major + minor)
+    return not backends.by_name(backend).why_not(problem)
+
+
+def found(case: Case, kind: str) -> dict[str, contenders.Attention]:
     """All ways of doing the case, each with right numbers; dense attention, another function, as it is."""
     inputs = case.inputs()
     ways = contenders.on_gpu(case, inputs, peers=True)
+    facts = {"dtype": case.dtype, "dims": (case.head_dim, case.head_dim), "dilation": max(case.params.dilation)}
+    if kind == "forward" and takes("cuda-wgmma", **facts):
+        ways["cuda-wgmma"] = contenders.ours(case, inputs, "cuda-wgmma")
     if case.work("forward") < GENERAL_WORK:
         ways["cuda-general"] = contenders.ours(case, inputs, "cuda-general")
     contenders.check(case, inputs, ways)
@@ -120,7 +136,7 @@ def found(case: Case) -> dict[str, contenders.Attention]:
 
 def time_case(case: Case, kind: str, rounds: int) -> Iterator[dict[str, Any]]:
     sets = [case.inputs() for _ in range(SETS)]
-    functions = {name: passes(attention, kind, sets) for name, attention in found(case).items()}
+    functions = {name: passes(attention, kind, sets) for name, attention in found(case, kind).items()}
     functions["copy"] = rotating(lambda index: contenders.copy(sets[index]))
     times = interleaved(functions, rounds)
     rate = yardstick(case, kind, rounds)
@@ -142,13 +158,16 @@ def run_shape(name: str, device: str = "cuda", paths: Sequence[tuple[torch.dtype
     """Forward and backward of a small problem in every path: what compute-sanitizer watches."""
     spatial, kernel, dilation = SHAPES[name]
     for dtype, backend in paths:
+        head_dim = 64 if backend == "cuda-wgmma" else 32
+        if backend == "cuda-wgmma" and (name == "everything" or not takes(backend, dtype=dtype)):
+            continue
         draw = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
         heads_kv, more = 2, {}
         if name == "everything":
-            tables = draw(2, *[2 * kernel - 1] * len(spatial)), draw(1, 70, 1, 32), draw(1, 70, 1, 32)
+            tables = draw(2, *[2 * kernel - 1] * len(spatial)), draw(1, 70, 1, head_dim), draw(1, 70, 1, head_dim)
             heads_kv, more = 1, dict(zip(("rpb", "additional_keys", "additional_values"), tables))
             more["key_mask"] = torch.rand(1, *spatial, device=device) > 0.3
-        tensors = (draw(1, *spatial, heads, 32) for heads in (2, heads_kv, heads_kv))
+        tensors = (draw(1, *spatial, heads, head_dim) for heads in (2, heads_kv, heads_kv))
         out, lse = natten_ops.neighborhood_attention(
             *tensors, kernel_size=kernel, dilation=dilation, return_lse=True, backend=backend, **more
         )

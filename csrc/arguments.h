@@ -8,7 +8,7 @@ namespace natten {
 
 // Backend ids, the same as in natten_ops/backends.py (tests/test_backends.py compares them). kPreferTf32: 5 where it takes the
 // problem, else the kernels' choice.
-enum Backend : int64_t { kChoose = 0, kCpuGeneral = 1, kCpuTiled = 2, kCudaGeneral = 3, kCudaMma = 4, kCudaMmaTf32 = 5, kPreferTf32 = -5 };
+enum Backend : int64_t { kChoose = 0, kCpuGeneral = 1, kCpuTiled = 2, kCudaGeneral = 3, kCudaMma = 4, kCudaMmaTf32 = 5, kCudaWgmma = 6, kPreferTf32 = -5 };
 
 // What attends to what, one entry an axis.
 struct Windows {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from natten_ops import _compiler, backends
+from natten_ops import _compiler, _problem, backends
 from natten_ops.geometry import params
 
 
@@ -24,7 +24,7 @@ def salt() -> str:
     digest = hashlib.sha256(f"{engine.engine_text()}{_compiler.why_not_here()}".encode())
     folders = (Path(__file__).parent, Path(params.__file__).parent)
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in {".py", ".jinja"}]
-    for path in (*files, Path(backends.__file__), Path(_compiler.__file__)):
+    for path in (*files, *map(Path, (_problem.__file__, backends.__file__, _compiler.__file__))):
         digest.update(path.read_bytes())
     return f"|natten_ops:{importlib.metadata.version('natten-ops')}:{digest.hexdigest()[:16]}"
 

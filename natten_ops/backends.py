@@ -7,53 +7,21 @@ The facts also make the table in the README. Ids are those of `csrc/arguments.h`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from natten_ops import _library
-from natten_ops.geometry.params import Box, NAParams
+from natten_ops._problem import ALL_DTYPES as ALL_DTYPES
+from natten_ops._problem import LIMITS
+from natten_ops._problem import Problem as Problem
+from natten_ops._problem import describe as describe
 
 # What the kernels are told where torch's flag allows tf32: `cuda-mma-tf32` if it takes the problem, else choose.
 PREFER_TF32 = -5
-ALL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-# What the tensor-core kernels count in 32 bits, and fewer than how much: a box of keys may reach 1024 tokens beyond the end of an
-# axis, and 64 queries walk their windows together.
-_LIMITS = {
-    "samples or heads": 2**31,
-    "tokens on an axis": 2**31 - 1025,
-    "tokens in a window": (2**31 - 1) // 64,
-    "additional tokens": 2**31 - 1025,
-    "entries in a head's bias table": 2**31 - 1,
-}
-
-
-class Problem(NamedTuple):
-    """What a choice of backend depends on; the later fields may be left at what every backend takes."""
-
-    device: str
-    dtype: torch.dtype
-    scale: float = 1.0
-    head_dim: int = 1  # the smaller of the head dim and the value dim
-    tile_bytes: int = 0  # scratch of one thread of the tiled CPU kernels
-    whole: bool = False  # tiles must hold whole windows
-    bias: bool = False  # a bias table, with which they do too
-    gradients: bool = False  # some input wants its gradient
-    lse: bool = False  # the log-sum-exp is asked for
-    additional: bool = False  # additional keys and values
-    sub_box: bool = False
-    dims: tuple[int, int] = (8, 8)  # head dim and value dim
-    aligned: bool = True  # rows begin at multiples of 16 bytes and lie densely
-    capability: int = 80  # of a CUDA device, times ten
-    counts: tuple[int, ...] = ()  # of _LIMITS
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} tensors on {self.device}"
+# What a tensor map can step over.
+_MOST_DILATION = 8
 
 
 def _what_is_large(problem: Problem) -> str:
@@ -81,7 +49,9 @@ class Backend(NamedTuple):
     in_cuda_library: bool = False
     dims: tuple[int, int] | None = None  # head dims are multiples of the first, at most the second
     capability: int = 0  # of the device, times ten, at least
-    named_only: bool = False  # the kernels choose it only where torch allows tf32 in products
+    named_only: bool = False  # the kernels do not choose it
+    tf32: bool = False  # ... but where torch allows tf32 in products
+    tensor_maps: bool = False  # what TMA and wgmma take: this capability alone, and no extras
 
     def why_not(self, problem: Problem) -> list[str]:
         """Every reason why this backend cannot run the problem; empty if it can."""
@@ -104,16 +74,23 @@ class Backend(NamedTuple):
                 f"keeps the keys and scores of a tile in cache, {problem.tile_bytes} bytes here, "
                 f"at most {self.max_tile_bytes}: {_what_is_large(problem)} is too large"
             )
-        if problem.capability < self.capability:
-            least, has = self.capability / 10, problem.capability / 10
-            reasons.append(f"takes devices of compute capability {least} and up, not {has}")
-        return reasons + self._why_not_tensor_cores(problem) + self._why_not_flex(problem)
+        has = problem.capability or self.capability
+        if has < self.capability or (self.tensor_maps and has != self.capability):
+            up = "" if self.tensor_maps else " and up"
+            reasons.append(f"takes devices of compute capability {self.capability / 10}{up}, not {has / 10}")
+        return (
+            reasons
+            + self._why_not_tensor_cores(problem)
+            + self._why_not_tensor_maps(problem)
+            + self._why_not_flex(problem)
+        )
 
     def why_not_chosen(self, problem: Problem, prefers_tf32: bool) -> list[str]:
         """Every reason why the kernels do not choose this backend where none is named."""
         reasons = self.why_not(problem)
-        if self.named_only and not prefers_tf32 and not reasons:
-            reasons.append("runs only when named, or where torch allows tf32 in products")
+        if self.named_only and not (self.tf32 and prefers_tf32) and not reasons:
+            where = ", or where torch allows tf32 in products" if self.tf32 else ": no GPU has run it yet"
+            reasons.append(f"runs only when named{where}")
         return reasons
 
     def _why_not_tensor_cores(self, problem: Problem) -> list[str]:
@@ -121,15 +98,32 @@ class Backend(NamedTuple):
         if self.dims is None:
             return []
         (step, most), reasons = self.dims, []
-        if any(n % step or not 0 < n <= most for n in problem.dims):
+        if problem.dims and any(n % step or not 0 < n <= most for n in problem.dims):
             reasons.append(f"takes head dims that are multiples of {step}, {step} to {most}, not {problem.dims}")
         if not problem.aligned:
             reasons.append("takes rows that begin at multiples of 16 bytes and lie densely: call contiguous()")
         # What float32 rounds to neither zero nor infinity; scales that are not positive have a reason of their own.
         if problem.scale > 0 and not 2**-150 < problem.scale < 2**128 - 2**103:
             reasons.append(f"takes scales that are positive and finite as float32, not {problem.scale}")
-        counted = zip(_LIMITS.items(), problem.counts)
+        counted = zip(LIMITS.items(), problem.counts)
         return reasons + [f"takes fewer than {limit} {what}, not {n}" for (what, limit), n in counted if n >= limit]
+
+    def _why_not_tensor_maps(self, problem: Problem) -> list[str]:
+        """What the copies of whole boxes and the products of warpgroups lack."""
+        if not self.tensor_maps:
+            return []
+        reasons = []
+        if problem.dims and problem.dims[0] != problem.dims[1]:
+            reasons.append(f"takes head dims that keys and values share, not {problem.dims}")
+        extras = {"bias table": problem.bias, "key mask": problem.masked, "additional tokens": problem.additional}
+        reasons += [f"takes no {what}" for what, there in extras.items() if there]
+        if problem.dilation > _MOST_DILATION:
+            reasons.append(f"takes dilations up to {_MOST_DILATION}, what TMA can step over, not {problem.dilation}")
+        if not problem.mapped:
+            reasons.append(
+                "takes keys and values whose heads lie within a token's stride, or as further samples: call contiguous()"
+            )
+        return reasons
 
     def _why_not_flex(self, problem: Problem) -> list[str]:
         """What FlexAttention lacks."""
@@ -171,6 +165,23 @@ BACKENDS = (
         note="every option, any head dim, any strides, any window",
     ),
     Backend(
+        name="cuda-wgmma",
+        id=6,
+        devices=("cuda",),
+        dtypes=(torch.float16, torch.bfloat16),
+        backward=True,
+        deterministic=True,
+        compiles="as an extern call",
+        verified_on="no GPU yet; x86-64 under emulation",
+        note="forward on Hopper, gradients are cuda-mma's; head dims 64 and 128, compute capability 9.0; only when named",
+        positive_scale=True,
+        in_cuda_library=True,
+        dims=(64, 128),
+        capability=90,
+        named_only=True,
+        tensor_maps=True,
+    ),
+    Backend(
         name="cuda-mma",
         id=4,
         devices=("cuda",),
@@ -200,6 +211,7 @@ BACKENDS = (
         dims=(8, 128),
         capability=80,
         named_only=True,
+        tf32=True,
     ),
     Backend(
         name="cuda-general",
@@ -239,60 +251,6 @@ BACKENDS = (
         whole_grids=True,
     ),
 )
-
-
-def describe(
-    inputs: Sequence[Tensor | None], params: NAParams, box: Box | None, scale: float | None, whole: bool = False
-) -> Problem:
-    """Everything that the choice depends on; `inputs` in the order of `reference.Inputs`, on any device.
-
-    `whole` asks for tiles that hold whole windows, which is all that generated code has.
-    """
-    query, _, value, *_ = inputs
-    assert query is not None and value is not None
-    tile_bytes = 0
-    if query.device.type == "cpu" and query.dtype in ALL_DTYPES:
-        # Shapes alone count; fresh tensors of them, because those at hand may be batched by vmap.
-        shells = [None if t is None else torch.empty((), dtype=t.dtype, device="cpu").expand(t.shape) for t in inputs]
-        lists = [list(entry) for entry in params], [list(entry) for entry in box or ((), (), ())]
-        tile_bytes = torch.ops.natten._cpu_tiled_scratch_bytes(*shells[:3], *lists[0], *shells[3:], *lists[1], whole)
-    dims = query.shape[-1], value.shape[-1]
-    capability = 80
-    if query.device.type == "cuda" and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(query.device)
-        capability = 10 * major + minor
-    facts: dict[str, Any] = {
-        "whole": whole,
-        "bias": inputs[5] is not None,
-        "additional": inputs[3] is not None,
-        "sub_box": box is not None,
-        "dims": dims,
-        "aligned": query.device.type != "cuda" or all(t is None or _is_aligned(t) for t in inputs[:5]),
-        "capability": capability,
-        "counts": _count(inputs, params, box),
-    }
-    return Problem(query.device.type, query.dtype, 1.0 if scale is None else scale, min(dims), tile_bytes, **facts)
-
-
-def _count(inputs: Sequence[Tensor | None], params: NAParams, box: Box | None) -> tuple[int, ...]:
-    """In the order of _LIMITS."""
-    query, _, _, additional_keys, _, rpb, _ = inputs
-    assert query is not None
-    return (
-        max(query.shape[0], query.shape[-2]),
-        max(query.shape[1:-2] if box is None else box.extent),
-        math.prod(params.kernel_size),
-        0 if additional_keys is None else additional_keys.shape[1],
-        0 if rpb is None else math.prod(rpb.shape[1:]),
-    )
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    """Whether sixteen bytes at a time may be read of every row; memory itself begins at more than that."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # how the tensors below lie is not to be seen from here
-        return True
-    offsets = [step * tensor.element_size() for step in (tensor.storage_offset(), *tensor.stride()[:-1])]
-    return tensor.stride(-1) == 1 and not any(n % 16 for n in offsets)
 
 
 def _torch_allows_tf32() -> bool:

@@ -13,7 +13,7 @@ import fcntl
 import functools
 import hashlib
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -145,12 +145,22 @@ def gradients_of(inputs: Inputs, gradients: Sequence[Tensor]) -> list[Tensor]:
     return [by_name[name] for name in inputs._fields[:-1] if getattr(inputs, name) is not None]
 
 
-def compare(problem: Problem, dtype: torch.dtype, backend: int, seed: int = 0) -> None:
-    """Outputs and gradients of a backend, in every schedule."""
+def compare(
+    problem: Problem,
+    dtype: torch.dtype,
+    backend: int,
+    seed: int = 0,
+    placed: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+    gradients: bool = True,
+) -> None:
+    """Outputs and, if asked for, gradients of a backend, in every schedule; `placed` moves the inputs in memory."""
 
-    def attend(inputs: Inputs, grad_out: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    def attend(inputs: Inputs, grad_out: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
+        inputs = placed(inputs)
         out, lse = forward(inputs, problem, backend)
-        gradients = backward((grad_out, None), (out, lse), inputs, problem, backend=backend)
-        return out, lse, gradients_of(inputs, gradients)
+        if not gradients:
+            return out, lse, None
+        found = backward((grad_out, None), (out, lse), inputs, problem, backend=backend)
+        return out, lse, gradients_of(inputs, found)
 
     dense.compare(problem, dtype, attend, seed=seed, cuda=True, tf32=backend == backends.by_name("cuda-mma-tf32").id)

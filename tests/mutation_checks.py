@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What a mutation of a CUDA path must fail: fixed, quick sets of checks against the reference.
 
-`python tests/mutation_checks.py LIBRARY PATH` runs those of a path (general or tiles) on a library of emulated ops; its
+`python tests/mutation_checks.py LIBRARY PATH` runs those of a path (general, tiles or hopper) on a library of emulated ops; its
 exit status is 0 if all hold, and FAILED if one does not.
 """
 
@@ -10,8 +10,11 @@ import dataclasses
 import functools
 import math
 import sys
+from typing import Any
 
 import emulated
+import pytest
+import test_cuda_hopper
 import torch
 from emulated import GRADIENTS
 from halves import Halves, av, finite, halved, in_double, make, present, qk, replaced
@@ -25,7 +28,9 @@ from natten_ops.reference import Inputs
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3}
 OF_TF32 = 4e-3
 FAILED = 3  # unlike the status of a script that could not run
-GENERAL, MMA, TF32 = (backends.by_name(name).id for name in ("cuda-general", "cuda-mma", "cuda-mma-tf32"))
+GENERAL, MMA, TF32, WGMMA = (
+    backends.by_name(name).id for name in ("cuda-general", "cuda-mma", "cuda-mma-tf32", "cuda-wgmma")
+)
 
 
 class AllKeys(Problem):
@@ -323,7 +328,52 @@ OF_TILES = {
     "tiles wide table": functools.partial(check_wide_table, TILES["biased_line"], MMA),
     "tiles needed": functools.partial(check_needed, TILES["biased_line"], torch.float16, MMA),
 }
-CHECKS = {"general": OF_GENERAL, "tiles": OF_TILES}
+
+
+# ---- Hopper ------------------------------------------------------------------------------------------------------------
+# More boxes than stages, boxes with free slots, at borders, in part, and seen whole.
+BOXES = {
+    "line": Problem((300,), (270,), batch=1, heads=1),
+    "causal": Problem((200,), (90,), is_causal=(True,), batch=1, heads=1),
+    "far": Problem((300,), (40,), dilation=(7,), batch=1, heads=1),
+    "square": Problem((25, 25), (16, 16), batch=1, heads=1),
+    "short_group": TILES["short_group"],
+    "volume": Problem((5, 6, 7), (3, 4, 3), dilation=(1, 1, 2), batch=1, heads=1),
+    "sparse": Problem((1, 40, 40), (1, 12, 12), batch=1, heads=1),  # of some boxes half of a tile of 128 sees nothing
+    "plain_box": Problem((20, 31), (5, 8), dilation=(2, 3), box=((5, 6), (9, 19)), heads=2, group=2, batch=1),
+    "packed": Problem((9, 7), (3, 5), heads=4, group=2, packed=True),
+}
+
+
+def check_boxes(problem: Problem, dtype: torch.dtype = torch.float16, place: str = "heads last") -> None:
+    inputs = test_cuda_hopper.PLACES[place](problem.make(dtype))
+    tolerance = 4e-3 if dtype == torch.float16 else 3e-2
+    saved = emulated.forward(inputs, problem, WGMMA)
+    for name, have, want, near in zip(("out", "lse"), saved, expected(inputs, problem), (tolerance, 2e-5)):
+        assert_near(have, want, near, name)
+
+
+def boxes(name: str, head_dim: int, **more: Any) -> functools.partial[None]:
+    return functools.partial(check_boxes, test_cuda_hopper.fitting(BOXES[name], head_dim), **more)
+
+
+OF_HOPPER = {
+    **{f"boxes {name}": boxes(name, 64) for name in BOXES},
+    **{
+        f"long boxes {name}": boxes(name, 128)
+        for name in ("line", "causal", "square", "short_group", "sparse", "packed")
+    },
+    **{f"boxes {place}": boxes("packed", 64, place=place) for place in ("heads first", "spread")},
+    "bfloat16": boxes("packed", 64, dtype=torch.bfloat16),
+    **{
+        f"refused {name}": functools.partial(
+            test_cuda_hopper.test_the_kernels_and_the_record_refuse_for_the_same_reason, name
+        )
+        for name in test_cuda_hopper.REFUSED
+    },
+    "devices": test_cuda_hopper.test_dtypes_and_devices,
+}
+CHECKS = {"general": OF_GENERAL, "tiles": OF_TILES, "hopper": OF_HOPPER}
 
 
 def main() -> None:
@@ -334,7 +384,7 @@ def main() -> None:
     for name, check in CHECKS[sys.argv[2]].items():
         try:
             check()
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:
             print(f"{name}: {error}")
             sys.exit(FAILED)
 

@@ -36,13 +36,27 @@ class Mutation(NamedTuple):
 
 
 # What the checks of a path never start is not built: it would take half the time of a mutation.
-RUN = "csrc/cuda/tiles/run.h"
+RUN, HOPPER = "csrc/cuda/tiles/run.h", "csrc/cuda/tiles/hopper_forward.cu"
 UNUSED = {
     "tiles": (
         Mutation(
             "bfloat16", RUN, "", "if (dtype == Dtype::bfloat16) return run_extras<Sums, ptx::bf16>(p, stream);", ""
         ),
         Mutation("dims", RUN, "", "if (dim <= 64) return run_pass<T, Sums<T, 64, kExtras>>(p, stream);", ""),
+        Mutation(
+            "short boxes",
+            HOPPER,
+            "",
+            "? run<ptx::f16, 64>(p, stream) : run<ptx::f16, 128>(p, stream)",
+            "? nullptr : nullptr",
+        ),
+        Mutation(
+            "boxes",
+            HOPPER,
+            "",
+            "? run<ptx::bf16, 64>(p, stream) : run<ptx::bf16, 128>(p, stream)",
+            "? nullptr : nullptr",
+        ),
     )
 }
 

@@ -197,12 +197,37 @@ def test_the_log_names_what_runs_with_torchs_flag(says, precision):
     assert says(fake(1, 9, 2, 8), kernel_size=3).startswith("cuda-mma runs float16 tensors on cuda")
 
 
+def test_the_log_says_that_the_hopper_forward_must_be_named(says):
+    line = says(fake(1, 9, 2, 64), kernel_size=3)
+    assert line.startswith("cuda-mma runs float16 tensors on cuda")
+    assert line.endswith("; cuda-wgmma runs only when named: no GPU has run it yet")
+    line = says(fake(1, 90, 2, 64), kernel_size=3, dilation=9)
+    assert line.endswith("; cuda-wgmma takes dilations up to 8, what TMA can step over, not 9")
+
+
+def test_a_named_backend_tells_every_reason(monkeypatch):
+    monkeypatch.setattr(backends._library, "has_cuda_kernels", True)
+    monkeypatch.setattr(backends, "runs_here", lambda tensor: True)
+    reasons = (
+        "takes head dims that are multiples of 64, 64 to 128, not (8, 8)", "takes no bias table",
+        "takes no additional tokens", "takes keys and values whose heads lie within a token's stride",
+    )  # fmt: skip
+    with FakeTensorMode():
+        query = fake(2, 9, 2, 8)()
+        key = query.as_strided(query.shape, (144, 8, 4096, 1))
+        extras = {"rpb": fake(2, 5)(), "additional_keys": fake(2, 4, 2, 8)(), "additional_values": fake(2, 4, 2, 8)()}
+        with pytest.raises(ValueError) as caught:
+            natten_ops.neighborhood_attention(query, key, query, kernel_size=3, backend="cuda-wgmma", **extras)
+    assert all(f"it {reason}" in str(caught.value) for reason in reasons)
+
+
 # ---- what is known to work comes first -----------------------------------------------------------------------------
 
 
 def untested_before_tested(records):
-    """Pairs of kernels of one device of which the first has run on no GPU and the second has."""
-    kernels = [b for b in records if b.id is not None and "cuda" in (b.devices or ())]
+    """Pairs of kernels that may be chosen, of one device, of which the first has run on no GPU and the second has."""
+    may_be_chosen = [b for b in records if not b.named_only or b.tf32]
+    kernels = [b for b in may_be_chosen if b.id is not None and "cuda" in (b.devices or ())]
     untested = {b.name for b in kernels if "no GPU yet" in b.verified_on}
     pairs = itertools.combinations([b.name for b in kernels], 2)
     return [(first, second) for first, second in pairs if first in untested and second not in untested]
@@ -211,7 +236,7 @@ def untested_before_tested(records):
 def test_what_has_run_on_a_gpu_is_preferred_to_what_has_not():
     assert untested_before_tested(backends.BACKENDS) == []
     tested = [b._replace(verified_on="H200" if b.name == "cuda-general" else b.verified_on) for b in backends.BACKENDS]
-    untested = [b.name for b in tested if b.in_cuda_library and "no GPU yet" in b.verified_on]
+    untested = ["cuda-mma", "cuda-mma-tf32"]
     assert untested_before_tested(tested) == [(name, "cuda-general") for name in untested]
 
 

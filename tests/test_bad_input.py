@@ -181,7 +181,7 @@ box incomplete | ValueError: a sub-box needs q_origin, kv_origin and extent; ext
 box too short | ValueError: q_origin=(0,) has 1 entries for 2 spatial axes; give 2
 box small extent | ValueError: extent[0]=5 is less than the 6 tokens of query; give the whole grid's
 natten's argument | TypeError: neighborhood_attention() got an unexpected keyword argument 'q_tile_shape': an argument of the natten package, which natten_ops.compat takes; leave it out here
-backend unknown | ValueError: backend='fast' is unknown; the backends of this version are cpu-tiled, cpu-general, cuda-mma, cuda-mma-tf32, cuda-general, reference, flex
+backend unknown | ValueError: backend='fast' is unknown; the backends of this version are cpu-tiled, cpu-general, cuda-wgmma, cuda-mma, cuda-mma-tf32, cuda-general, reference, flex
 kernel_size bool | TypeError: kernel_size[0]=True is a bool; give an int
 stride bool | TypeError: stride[0]=True is a bool; give an int
 is_causal int | TypeError: is_causal[1]=1 is a int; give True or False
@@ -343,6 +343,7 @@ def test_cuda_tensors_without_cuda_kernels():
 no kernel of natten_ops runs float32 tensors on cuda:
   cpu-tiled: runs on cpu tensors, not on cuda
   cpu-general: runs on cpu tensors, not on cuda
+  cuda-wgmma: is part of libnatten_ops_cuda.so, which is not loaded; takes float16, bfloat16, not float32
   cuda-mma: is part of libnatten_ops_cuda.so, which is not loaded; takes float16, bfloat16, not float32
   cuda-mma-tf32: is part of libnatten_ops_cuda.so, which is not loaded
   cuda-general: is part of libnatten_ops_cuda.so, which is not loaded

@@ -5,6 +5,7 @@ Needs nvcc (any GPU or none); the counts of instructions need nvdisasm too. One 
 all of them by `make test-cuda-build`. And what `bench.gpu` does before it measures them, which needs no GPU.
 """
 
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -20,9 +21,19 @@ import torch
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "csrc/cuda"
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed: CUDA code cannot be compiled")
-needs_nvdisasm = pytest.mark.skipif(
-    not shutil.which("nvdisasm"), reason="nvdisasm is not on the path: no SASS to count"
-)
+
+
+def find_nvdisasm():
+    """That of the package that `make` installs, or CUDA's own; None if there is none."""
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    return next((str(file.locate()) for file in files if file.name == "nvdisasm"), shutil.which("nvdisasm"))
+
+
+NVDISASM = find_nvdisasm()
+needs_nvdisasm = pytest.mark.skipif(not NVDISASM, reason="there is no nvdisasm: no SASS to count")
 
 # Registers a thread of the plain kernels at float16, by pass and head dim, on whichever architecture takes more, as the
 # hardware hands them out: in eights. 255 is all there are; up to 168 three blocks of 128 threads fit into a
@@ -32,6 +43,8 @@ REGISTERS = {
     "QueryGradient": {16: 144, 32: 152, 64: 184, 128: 176, 256: 200},
     "KeyGradient": {16: 144, 32: 176, 64: 200, 128: 240, 256: 208},
 }
+# Of the Hopper forward at either 16-bit type, by head dim: up to 112 three of its blocks of 160 threads fit, up to 200 one of 288.
+OF_BOXES = {64: 112, 128: 152}
 # Of the general path: every kernel, and a source with each for float32 and float16 and the fewest registers of a row.
 GENERAL = (
     "Forward", "Delta", "RowsOfQuery", "RowsOfKey", "RowsOfToken", "SumOfTokenParts", "SumOfBias", "SumOfBiasParts", "Logits",
@@ -111,20 +124,25 @@ def test_general_kernels_compile_for_old_devices_without_spills(tmp_path):
     }
 
 
-def main_loop(cubin):
-    """Opcodes of the innermost loop around tensor-core instructions that is longest."""
-    text = subprocess.run(["nvdisasm", "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    labels, opcodes, best = {}, [], []
+def disassemble(cubin):
+    """Opcodes of a kernel, and those of each of its loops."""
+    text = subprocess.run([NVDISASM, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    labels, opcodes, loops = {}, [], []
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label.group(1)] = len(opcodes)
         if code := re.search(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)(.*)", line):
-            opcodes.append(code.group(1).split(".")[0])
+            opcodes.append(code.group(1).removesuffix(".SYNC"))
             target = re.search(r"\.L_\w+", code.group(2)) if opcodes[-1] == "BRA" else None
             if target and target.group() in labels:
-                loop = opcodes[labels[target.group()] :]
-                best = max(best, loop, key=lambda part: len(part) if "HMMA" in part else 0)
-    return Counter(best)
+                loops.append(opcodes[labels[target.group()] :])
+    return opcodes, loops
+
+
+def main_loop(loops, product):
+    """How often each kind of opcode is in the innermost loop around most products."""
+    kinds = [[opcode.split(".")[0] for opcode in loop] for loop in loops]
+    return Counter(max(kinds, key=lambda loop: (loop.count(product), -len(loop))))
 
 
 # Instructions of the loop a score of a thread at float16, mma and copies included, when every box is of one kind.
@@ -137,8 +155,47 @@ PER_SCORE = {"Forward": (18.5, 26.0), "QueryGradient": (19.0, 27.0), "KeyGradien
 def test_instructions_of_a_score(name, tmp_path):
     for full, ceiling in zip(("true", "false"), PER_SCORE[name]):
         target, _ = nvcc(one_kernel(tmp_path, name, 64), tmp_path, "80", f"-DNATTEN_ASSUME_FULL={full}")
-        counts = main_loop(target)
+        counts = main_loop(disassemble(target)[1], "HMMA")
         assert counts["HMMA"] > 0 and counts.total() / (64 * 64 / 128) <= ceiling, counts
+
+
+def hopper_kernel(folder, dim):
+    """A source that instantiates one Hopper kernel."""
+    source = folder / f"boxes{dim}.cu"
+    source.write_text(
+        f'#include "{KERNELS}/tiles/hopper.h"\nnamespace natten::cuda::hopper {{\n'
+        f"const void* kernel() {{ return (const void*)attend_boxes<ptx::f16, {dim}>; }}\n}}\n"
+    )
+    return source
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dim", OF_BOXES)
+def test_hopper_kernels_do_not_spill(dim, tmp_path):
+    """Nor does ptxas wait between their wgmmas (nvcc() looks for its warnings), and other devices get no code of them."""
+    source = hopper_kernel(tmp_path, dim)
+    _, facts = nvcc(source, tmp_path, "90a")
+    assert_no_spills(facts)
+    assert facts[0][2] <= OF_BOXES[dim]
+    assert nvcc(source, tmp_path, "80")[1][0][2] < 16
+
+
+# As PER_SCORE, wgmma and barriers included; the copies are another warp's.
+PER_SCORE_OF_BOXES = {64: (12.0, 18.5), 128: (15.6, 21.7)}
+
+
+@needs_nvcc
+@needs_nvdisasm
+@pytest.mark.parametrize("dim", PER_SCORE_OF_BOXES)
+def test_instructions_of_a_score_on_hopper(dim, tmp_path):
+    for full, ceiling in zip(("true", "false"), PER_SCORE_OF_BOXES[dim]):
+        target, _ = nvcc(hopper_kernel(tmp_path, dim), tmp_path, "90a", f"-DNATTEN_ASSUME_FULL={full}")
+        opcodes, loops = disassemble(target)
+        counts = main_loop(loops, "HGMMA")
+        assert counts["HGMMA"] == dim // 16 + 64 // 16 and counts["WARPGROUP"] <= 4, counts
+        assert counts.total() / (64 * 64 / 128) <= ceiling, counts
+        assert opcodes.count("UTMALDG.5D") == 2 * dim // 64
+        assert not {opcode.split(".")[0] for opcode in opcodes} & {"HMMA", "LDL", "STL"}
 
 
 @needs_nvcc
@@ -152,14 +209,18 @@ def test_every_kernel_of_the_library(arch, tmp_path):
         )
     facts = [fact for _, found in done for fact in found]
     assert_no_spills(facts)
-    seen = set()
+    seen, boxes = set(), set()
     for name, _, registers in facts:
+        if of_boxes := re.search(r"attend_boxesIN3ptx\d(b?f16)ELi(\d+)", name):
+            boxes.add(of_boxes.groups())
+            assert registers <= OF_BOXES[int(of_boxes.group(2))], name
         which = re.search(r"3f16ENS\d_\d+(Forward|QueryGradient|KeyGradient)IS\d_Li(\d+)ELb0", name)
         if which:
             kernel, dim = which.group(1), int(which.group(2))
             seen.add((kernel, dim))
             assert registers <= REGISTERS[kernel][dim], name
     assert seen == {(kernel, dim) for kernel, ceilings in REGISTERS.items() for dim in ceilings}
+    assert boxes == {(element, str(dim)) for element in ("f16", "bf16") for dim in OF_BOXES}
 
 
 # ---- bench.gpu ---------------------------------------------------------------------------------------------------------

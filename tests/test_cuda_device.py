@@ -12,6 +12,9 @@ from halves import av, finite, halved, make, present, qk, replaced
 from halves import in_double as halves_in_double
 from hypothesis import given, settings
 from samples import DTYPES, EMPTY, NAMED, Problem, differentiable, in_double, problems, run, with_tensors
+from test_cuda_hopper import LONG, PLACES
+from test_cuda_hopper import fitting as fitting_boxes
+from test_cuda_hopper import fitting_problems as fitting_problems_of_boxes
 from test_cuda_mma import FULL, HALVES, PATHS, fitting, fitting_problems
 
 import natten_ops
@@ -21,14 +24,21 @@ pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and natten_ops._library.has_cuda_kernels),
     reason="needs a CUDA device and libnatten_ops_cuda.so",
 )
-GENERAL, MMA, TF32 = (backends.by_name(name).id for name in ("cuda-general", "cuda-mma", "cuda-mma-tf32"))
+GENERAL, MMA, TF32, WGMMA = (
+    backends.by_name(name).id for name in ("cuda-general", "cuda-mma", "cuda-mma-tf32", "cuda-wgmma")
+)
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a device of compute capability 9.0",
+)
 
 
-def compare(problem, dtype, backend=0):
+def compare(problem, dtype, backend=0, placed=lambda inputs: inputs):
     """Outputs and gradients of a backend on the device."""
 
     def attend(inputs, grad_out):
         on_device = inputs._replace(**{n: t.cuda() for n, t in inputs._asdict().items() if t is not None})
+        on_device = placed(on_device)
         leaves = [t.detach().requires_grad_() for t in differentiable(on_device)]
         out, lse = run(with_tensors(on_device, leaves), problem, backend)
         gradients = torch.autograd.grad(out, leaves, grad_out.cuda())
@@ -74,6 +84,30 @@ def test_any_problem_on_tensor_cores(dtype, problem):
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_problem_in_tf32(problem):
     compare(problem, torch.float32, TF32)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", {**NAMED, **LONG})
+def test_named_problems_on_hopper(name, dtype):
+    for head_dim in (64, 128):
+        compare(fitting_boxes({**NAMED, **LONG}[name], head_dim=head_dim), dtype, WGMMA)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@given(drawn=fitting_problems_of_boxes())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_problem_on_hopper(dtype, drawn):
+    problem, place = drawn
+    compare(problem, dtype, WGMMA, PLACES[place])
+
+
+@on_hopper
+@pytest.mark.parametrize("dilation", range(2, 9))
+def test_every_dilation_on_hopper(dilation):
+    line = Problem((90 * dilation + 1,), (80,), dilation=(dilation,), batch=1, heads=1)
+    compare(fitting_boxes(line), torch.float16, WGMMA)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -127,12 +161,14 @@ def test_the_same_bits_in_every_run():
     assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(again, runs[0]))
 
 
-def test_a_graph_replays_forward_and_backward():
+@pytest.mark.parametrize("backend", [None, pytest.param("cuda-wgmma", marks=on_hopper)])
+def test_a_graph_replays_forward_and_backward(backend):
     query, key, value = (t.clone().requires_grad_() for t in large())
     grad = torch.randn_like(query)
 
     def step():
-        return torch.autograd.grad(natten_ops.na2d(query, key, value, kernel_size=7), (query, key, value), grad)
+        out = natten_ops.na2d(query, key, value, kernel_size=7, backend=backend)
+        return (out, *torch.autograd.grad(out, (query, key, value), grad))
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -196,7 +232,8 @@ def test_mixed_devices_are_refused():
         natten_ops.na2d(query, key.cpu(), value, kernel_size=7)
 
 
-def test_big_windows_against_problem_of_parts():
+@pytest.mark.parametrize("backend", [MMA, pytest.param(WGMMA, marks=on_hopper)])
+def test_big_windows_against_problem_of_parts(backend):
     """A window of thousands of keys: many boxes, nearly all of them without a mask."""
     problem = Problem((64, 64), (49, 40), batch=1, heads=1, head_dim=64)
-    compare(problem, torch.bfloat16, MMA)
+    compare(problem, torch.bfloat16, backend)

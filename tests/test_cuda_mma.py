@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import EMPTY, NAMED, Problem, differentiable, in_double, problems
 
-from natten_ops import backends, reference
+from natten_ops import _problem, backends, reference
 from natten_ops.geometry.params import axis_window
 
 GENERAL, MMA, TF32 = (backends.by_name(name).id for name in ("cuda-general", "cuda-mma", "cuda-mma-tf32"))
@@ -166,7 +166,7 @@ def test_what_the_mask_hides_may_be_nan():
 def by_record(inputs, problem):
     """The reasons that the record of cuda-mma has against a problem, as if it lay on a device."""
     described = backends.describe(list(inputs), *problem.geometry(), problem.scale)
-    aligned = all(backends._is_aligned(tensor) for tensor in inputs[:3])
+    aligned = all(_problem.is_aligned(tensor) for tensor in inputs[:3])
     return backends.by_name("cuda-mma").why_not(described._replace(device="cuda", aligned=aligned))
 
 
@@ -223,11 +223,11 @@ WASTE = {
 }
 
 
-def plan_of(axes, key_rows=False, most=64):
+def plan_of(axes, key_rows=False, rows=64, most=64):
     """Shapes of a row tile and of a column box, on three axes of (length, kernel, stride, dilation, causal)."""
     numbers = (ctypes.c_int64 * 15)(*(number for axis in axes for number in axis))
     plan = (ctypes.c_int64 * 6)()
-    emulated.library().natten_tile_plan(numbers, int(key_rows), most, plan)
+    emulated.library().natten_tile_plan(numbers, int(key_rows), rows, most, plan)
     return list(plan[:3]), list(plan[3:])
 
 

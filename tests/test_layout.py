@@ -17,9 +17,10 @@ MAY_IMPORT = {
     "_command_line": set(),
     "_compiler": set(),
     "_library": set(),
+    "_problem": {"geometry"},
     "geometry": set(),
     "reference": {"geometry"},
-    "backends": {"geometry", "_library"},
+    "backends": {"geometry", "_library", "_problem"},
     "flops": {"geometry"},
     "ops": {"geometry", "reference", "flops", "backends", "_library"},
     "functional": {"geometry", "reference", "backends", "ops"},
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "compat": {"geometry", "functional", "nn", "flops", "backends", "_command_line"},
     "tools": {"geometry", "backends", "flops", "functional", "nn", "_command_line", "_compiler"},
     "export": {"ops", "reference"},
-    "lowerings": {"geometry", "backends", "ops", "_compiler", "_library"},
+    "lowerings": {"geometry", "backends", "ops", "_compiler", "_library", "_problem"},
     "__init__": {"_library", "compat", "export", "functional", "geometry", "nn"},
 }
 NO_TORCH = ["geometry/__init__.py", "geometry/params.py", "geometry/tiles.py"]

@@ -132,7 +132,8 @@ def salt_with(edited, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["template.py", "fused.py", "forward.cpp.jinja", "backends.py", "params.py", "_compiler.py"]
+    "name",
+    ["template.py", "fused.py", "forward.cpp.jinja", "_problem.py", "backends.py", "params.py", "_compiler.py"],
 )
 def test_caches_see_every_rule(name, monkeypatch):
     assert salt_with("nothing", monkeypatch) == lowerings.salt() != salt_with(name, monkeypatch)

@@ -138,6 +138,15 @@ def test_why_knows_scales():
     assert "chosen   cpu-general" in text and "compiled as a call" in text and "scale" in text
 
 
+def test_why_says_what_must_be_named(monkeypatch):
+    monkeypatch.setattr(backends._library, "has_cuda_kernels", True)
+    text = why((64, 64), head_dim=64, kernel_size=7, dtype=torch.float16, device="cuda")
+    assert "chosen   cuda-mma: " in text
+    assert 'cuda-wgmma: also able, but only when named: backend="cuda-wgmma"' in text
+    text = why((128,), head_dim=64, kernel_size=7, dilation=9, dtype=torch.float16, device="cuda")
+    assert "cuda-wgmma: cannot: takes dilations up to 8" in text
+
+
 def test_why_gives_reasons():
     text = why((8,), kernel_size=3, device="mps")
     assert "chosen   none: no kernel of this version runs the problem" in text

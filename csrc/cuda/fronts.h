@@ -28,8 +28,8 @@ template <class System> struct Gpu {
   using Guard = typename System::Guard;
 
   static void check_backend(int64_t backend) {
-    STD_TORCH_CHECK(backend == kChoose || backend == kPreferTf32 || (backend >= kCudaGeneral && backend <= kCudaMmaTf32), "natten: backend=",
-                    backend, " cannot run on CUDA tensors; use 0 (choose), 3 (cuda-general), 4 (cuda-mma) or 5 (cuda-mma-tf32)");
+    STD_TORCH_CHECK(backend == kChoose || backend == kPreferTf32 || (backend >= kCudaGeneral && backend <= kCudaWgmma), "natten: backend=", backend,
+                    " cannot run on CUDA tensors; use 0 (choose), 3 (cuda-general), 4 (cuda-mma), 5 (cuda-mma-tf32) or 6 (cuda-wgmma)");
   }
 
   // Gradients come as they come: expanded after a sum, transposed after a permutation. Tensor cores read whole pieces of 16 bytes.
@@ -42,11 +42,13 @@ template <class System> struct Gpu {
   static void forward(const Problem& p, const Tensor& query, int64_t backend) {
     const Dtype dtype = dtype_of(query);
     System::expose(p, dtype, 0);
-    const auto pass = takes_tiles(p, dtype, false, backend) ? tiles::forward : general::forward;
+    const auto pass = takes_boxes(p, dtype, backend) ? hopper::forward : takes_tiles(p, dtype, false, backend) ? tiles::forward : general::forward;
     require(pass(p, dtype, System::stream(query)), p, dtype);
   }
 
+  // Of cuda-wgmma, which is a forward, cuda-mma has the gradients.
   static void backward(Problem& p, const Tensor& lse, std::vector<Tensor>& gradients, int64_t rank, int64_t backend) {
+    if (backend == kCudaWgmma) backend = kCudaMma;
     const Dtype dtype = dtype_of(gradients[kQuery]);
     const Tensor delta = torch::stable::new_empty(lse, sizes_of(lse)), row_lse = torch::stable::new_empty(lse, sizes_of(lse));
     p.delta = rows_of(delta, true, rank, true, false);
@@ -59,6 +61,15 @@ template <class System> struct Gpu {
   }
 
  private:
+  // Only where it is named: no GPU has run it yet.
+  static bool takes_boxes(const Problem& p, Dtype dtype, int64_t backend) {
+    if (backend != kCudaWgmma) return false;
+    const char* reason = hopper::why_not(p, dtype, current_device());
+    STD_TORCH_CHECK(!reason, "natten: backend=", backend, " (cuda-wgmma) cannot run this problem: it ", reason ? reason : "",
+                    "; use 0 (choose) or 4 (cuda-mma)");
+    return true;
+  }
+
   // Float32 goes to tensor cores, as tf32, only where that backend is named or preferred. The gradient of the log-sum-exp alone has
   // no product of two matrices: it is the general path's, whatever was named.
   static bool takes_tiles(const Problem& p, Dtype dtype, bool backward, int64_t backend) {

@@ -43,4 +43,12 @@ const char* forward(const Problem& problem, Dtype dtype, Stream stream);
 const char* backward(const Problem& problem, Dtype dtype, Stream stream);
 }  // namespace tiles
 
+// The forward of the same path on Hopper (TMA and wgmma, sm_90a): float16 and bfloat16, head dims 64 and 128, no bias table, mask or
+// additional tokens.
+namespace hopper {
+// Why it cannot run the problem, or null.
+const char* why_not(const Problem& problem, Dtype dtype, const DeviceFacts& device);
+const char* forward(const Problem& problem, Dtype dtype, Stream stream);
+}  // namespace hopper
+
 }  // namespace natten::cuda

@@ -75,7 +75,8 @@ def _problem(
     params: NAParams, shape: Sequence[int], scale: float | None, dtype: torch.dtype, device: torch.device, whole: bool
 ) -> backends.Problem:
     if device.type != "cpu":  # the device need not be present
-        return backends.Problem(device.type, dtype, 1.0 if scale is None else scale, dims=(shape[-1], shape[-1]))
+        dims, dilation = (shape[-1], shape[-1]), max(params.dilation)
+        return backends.Problem(device.type, dtype, 1.0 if scale is None else scale, dims=dims, dilation=dilation)
     tensor = torch.empty((), dtype=dtype, device="cpu").expand(*shape)
     return backends.describe([tensor, tensor, tensor, None, None, None, None], params, None, scale, whole)
 

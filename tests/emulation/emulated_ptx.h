@@ -196,6 +196,8 @@ template <class Encode> inline bool make_tensor_map(TensorMap* map, Encode /*the
   for (int i = 0; i < rank; i++) {
     m.dim[i] = dim[i]; m.stride[i] = i ? stride_bytes[i - 1] : 2; m.step[i] = step[i]; m.box[i] = (box[i] + step[i] - 1) / step[i];
     if (box[i] < 1 || box[i] > 256 || step[i] < 1 || step[i] > 8 || (i && m.stride[i] % 16)) report(0, "tensor map: illegal box, step or stride on axis %d", i);
+    if (dim[i] < 1 || dim[i] > int64_t(1) << 32) report(0, "tensor map: axis %d has no number of elements from 1 to 2^32", i);
+    if (i && (m.stride[i] < dim[0] * 2 || m.stride[i] >= int64_t(1) << 40)) report(0, "tensor map: stride of axis %d is less than a row, or 2^40 and more", i);
   }
   if (m.box[0] * 2 != 128) report(0, "tensor map: the emulator knows inner boxes of 128 bytes only");
   *map = m;

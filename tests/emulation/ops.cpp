@@ -72,12 +72,12 @@ extern "C" __attribute__((visibility("default"))) void natten_emulation_findings
   text[size - 1] = 0;
 }
 // The plan of the tensor-core kernels for three axes of {length, kernel, stride, dilation, causal}: rows, then columns.
-extern "C" __attribute__((visibility("default"))) void natten_tile_plan(const int64_t* axes, int key_rows, int most, int64_t* plan) {
+extern "C" __attribute__((visibility("default"))) void natten_tile_plan(const int64_t* axes, int key_rows, int rows, int most, int64_t* plan) {
   natten::Problem p{};
   for (int a = 0; a < natten::kAxes; ++a) {
     p.axis[a] = {axes[5 * a], axes[5 * a + 1], axes[5 * a + 2], axes[5 * a + 3], axes[5 * a + 4] != 0};
     p.q_shape[a] = p.kv_shape[a] = axes[5 * a];
   }
-  const natten::cuda::tiles::Plan chosen = natten::cuda::tiles::make_plan(p, key_rows != 0, most);
+  const natten::cuda::tiles::Plan chosen = natten::cuda::tiles::make_plan(p, key_rows != 0, rows, most);
   for (int a = 0; a < natten::kAxes; ++a) plan[a] = chosen.rows[a], plan[natten::kAxes + a] = chosen.columns[a];
 }

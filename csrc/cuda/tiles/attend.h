@@ -18,26 +18,27 @@
 namespace natten::cuda::tiles {
 namespace {
 
-// What a pass of a head dim takes: columns of a box, numbers of a row that a block sums, boxes in memory.
+// What a pass of a head dim takes: rows and threads of a block, columns of a box, numbers of a row that a block sums, boxes in memory.
 template <class T, int kDim_, Pass kPass_, bool kExtras_> struct Shape {
-  static constexpr int kDim = kDim_;
+  static constexpr int kDim = kDim_, kRows = 64, kThreads = 32 * (kRows / kWarpRows);
   static constexpr Pass kPass = kPass_;
   static constexpr bool kExtras = kExtras_;  // a bias table, a key mask or additional tokens
   static constexpr bool kKeyRows = kPass == Pass::kKeyGradient, kBackward = kPass != Pass::kForward;
-  static constexpr int kRowBytes = Operand<T, kDim>::kRowBytes;
+  using Element = Operand<T, kDim>;
+  static constexpr int kRowBytes = Element::kRowBytes;
   static constexpr int kColumns = kRowBytes > 256 || (kBackward && kRowBytes > 128) ? 32 : 64;
   static constexpr int kOut = !kBackward || kRowBytes <= 256 ? kDim : kKeyRows ? 64 : 128;  // more spills registers
   static constexpr int kStages = kRowBytes > 256 ? 1 : 2;
   static constexpr int kRowsBytes = kRowBytes * kRows, kBoxBytes = kRowBytes * kColumns;
   static constexpr int kScalars = 8 * kColumns;  // two numbers a column
   static constexpr int kStageBytes = 2 * kBoxBytes + kScalars;
-  static constexpr int kBytes = (kBackward ? 2 : 1) * kRowsBytes + kStages * kStageBytes + table_bytes(kColumns);
+  static constexpr int kBytes = (kBackward ? 2 : 1) * kRowsBytes + kStages * kStageBytes + table_bytes(kRows, kColumns);
 };
 
 template <class T, class S> struct Block {
-  static constexpr int kDim = S::kDim, kColumns = S::kColumns, kOut = S::kOut;
+  static constexpr int kDim = S::kDim, kRows = S::kRows, kThreads = S::kThreads, kColumns = S::kColumns, kOut = S::kOut;
   static constexpr bool kKeyRows = S::kKeyRows, kBackward = S::kBackward, kExtras = S::kExtras;
-  using Element = Operand<T, kDim>;
+  using Element = typename S::Element;
   static constexpr int kOfChunk = Element::kOfChunk;
 
   const TileWork& work;
@@ -47,9 +48,9 @@ template <class T, class S> struct Block {
   const Tables tables;
   const Tile<kKeyRows> tile;
 
-  DEVICE Block(const TileWork& w, int64_t item)
-      : work(w), p(w.p), first_out(int(item % (kDim / kOut)) * kOut), row_operands(ptx::shared_base()),
-        stages(row_operands + (kBackward ? 2 : 1) * S::kRowsBytes), tables(stages + S::kStages * S::kStageBytes, kColumns),
+  DEVICE Block(const TileWork& w, int64_t item, uint32_t base)
+      : work(w), p(w.p), first_out(int(item % (kDim / kOut)) * kOut), row_operands(base),
+        stages(row_operands + (kBackward ? 2 : 1) * S::kRowsBytes), tables(stages + S::kStages * S::kStageBytes, kRows, kColumns),
         tile(w, item / (kDim / kOut), tables) {}
 
   // ---- options; constants in kernels without them
@@ -58,6 +59,16 @@ template <class T, class S> struct Block {
   DEVICE int additional() const { return kExtras ? int(p.additional) : 0; }
 
   // ---- what the block needs to know of its rows ------------------------------------------------------------------------
+  // By all threads of the block; false if the tile has no rows.
+  DEVICE bool prepare() const {
+    ptx::sync_threads();  // the facts of the tile
+    if (tile.is_empty(tables)) return false;
+    fill_tables();
+    ptx::sync_threads();
+    find_range(work, tables);
+    ptx::sync_threads();
+    return true;
+  }
   DEVICE void fill_tables() const {
     const int thread = ptx::thread_index();
     for (int slot = thread; slot < kRows; slot += kThreads) {
@@ -340,14 +351,12 @@ template <class T, class S> struct Block {
 // ---- passes -------------------------------------------------------------------------------------------------------------------------
 // The softmax has one form, online. Where the window fits one box it rescales zeros once: a multiplication an output and an exponential
 // a row more than a form for one box alone, none a score, and no second kernel.
-template <class T, int kDim, bool kExtras> struct Forward {
-  using S = Shape<T, kDim, Pass::kForward, kExtras>;
+template <class T, class S_> struct Softmax {
+  using S = S_;
   float out[S::kOut / 8][4] = {}, largest[2] = {-ptx::infinity(), -ptx::infinity()}, total[2] = {};
 
-  DEVICE void visit(const Block<T, S>& block, const Box& box, uint32_t stage) {
-    float s[S::kColumns / 8][4];
-    multiply<T, kDim, S::kColumns>(s, block.row_operands, stage);
-    const float scale = block.to_logits(s, box, stage + 2 * S::kBoxBytes);
+  // Scores times scale become weights; sums of earlier boxes are brought to the same shift.
+  DEVICE void weigh(float (&s)[S::kColumns / 8][4], float scale) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float top = -ptx::infinity();
@@ -367,7 +376,6 @@ template <class T, int kDim, bool kExtras> struct Forward {
 #pragma unroll
       for (int n = 0; n < S::kOut / 8; ++n) out[n][2 * i] *= rescale, out[n][2 * i + 1] *= rescale;
     }
-    add_product<T, kDim, S::kOut, S::kColumns>(out, s, stage + S::kBoxBytes, 0);
   }
 
   DEVICE void finish(const Block<T, S>& block) {
@@ -386,6 +394,17 @@ template <class T, int kDim, bool kExtras> struct Forward {
                           dead ? -ptx::infinity() : (largest[i] + ptx::lg2(total[i])) * kLn2);
     }
     block.store_rows(out, factor, p.out, p.value_dim);
+  }
+};
+
+template <class T, int kDim, bool kExtras> struct Forward : Softmax<T, Shape<T, kDim, Pass::kForward, kExtras>> {
+  using S = Shape<T, kDim, Pass::kForward, kExtras>;
+
+  DEVICE void visit(const Block<T, S>& block, const Box& box, uint32_t stage) {
+    float s[S::kColumns / 8][4];
+    multiply<T, kDim, S::kColumns>(s, block.row_operands, stage);
+    this->weigh(s, block.to_logits(s, box, stage + 2 * S::kBoxBytes));
+    add_product<T, kDim, S::kOut, S::kColumns>(this->out, s, stage + S::kBoxBytes, 0);
   }
 };
 
@@ -468,14 +487,9 @@ template <class T, int kDim, bool kExtras> struct KeyGradient {
   }
 };
 
-template <class T, class Work> __global__ void __launch_bounds__(kThreads, 2) attend(const __grid_constant__ TileWork work) {
-  const Block<T, typename Work::S> block(work, work.first + ptx::block_index(0));
-  ptx::sync_threads();  // the facts of the tile
-  if (block.tile.is_empty(block.tables)) return;  // all threads
-  block.fill_tables();
-  ptx::sync_threads();
-  find_range(work, block.tables);
-  ptx::sync_threads();
+template <class T, class Work> __global__ void __launch_bounds__(Work::S::kThreads, 2) attend(const __grid_constant__ TileWork work) {
+  const Block<T, typename Work::S> block(work, work.first + ptx::block_index(0), ptx::shared_base());
+  if (!block.prepare()) return;
   Work sums;
   if constexpr (Work::S::kBackward) sums.begin(block);
   block.for_boxes([&](const Box& box, uint32_t stage) { sums.visit(block, box, stage); });

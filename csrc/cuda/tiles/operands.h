@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Tensor-core path: boxes of tokens in shared memory, and products of them.
-// Legend: an operand is kRows or fewer tokens, a row of kDim numbers each, 16-bit or float32 (multiplied as tf32); a chunk is 16
+// Legend: an operand is 64 or fewer tokens, a row of kDim numbers each, 16-bit or float32 (multiplied as tf32); a chunk is 16
 // bytes of a row, the unit of copies and of ldmatrix; a step is two chunks, what one mma multiplies. Chunk c of row r lies at
 // chunk c ^ (some bits of r), so that eight rows' chunks c lie in different banks. A fragment is what one thread holds of an mma
 // operand: of 16 x 8 numbers of an accumulator rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the next.
@@ -13,7 +13,7 @@
 namespace natten::cuda::tiles {
 namespace {
 
-constexpr int kWarpRows = 16, kThreads = 32 * (kRows / kWarpRows);
+constexpr int kWarpRows = 16;  // of a tile
 
 template <class T, int kDim> struct Operand {
   static constexpr int kOfChunk = 16 / sizeof(T), kOfStep = 2 * kOfChunk;  // numbers
@@ -77,14 +77,20 @@ template <class T, int kDim, int kColumns> DEVICE void multiply(float (&scores)[
   }
 }
 
-// sums += weights . columns, numbers [first, first + kOut) of the columns' rows. Weights are rounded here, once.
+// Weights of 16 columns as 16-bit left operand: two accumulators of scores. They are rounded here, once.
+template <class T> DEVICE void pack_weights(uint32_t (&left)[4], const float (&low)[4], const float (&high)[4]) {
+  left[0] = ptx::pack<T>(low[0], low[1]), left[1] = ptx::pack<T>(low[2], low[3]);
+  left[2] = ptx::pack<T>(high[0], high[1]), left[3] = ptx::pack<T>(high[2], high[3]);
+}
+
+// sums += weights . columns, numbers [first, first + kOut) of the columns' rows.
 template <class T, int kDim, int kOut, int kColumns>
 DEVICE void add_product(float (&sums)[kOut / 8][4], const float (&weights)[kColumns / 8][4], uint32_t columns, int first) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int n = 0; n < kColumns / 16; ++n) {
-      const float(&low)[4] = weights[2 * n], (&high)[4] = weights[2 * n + 1];  // two accumulators of scores are one left operand
-      const uint32_t left[4] = {ptx::pack<T>(low[0], low[1]), ptx::pack<T>(low[2], low[3]), ptx::pack<T>(high[0], high[1]), ptx::pack<T>(high[2], high[3])};
+      uint32_t left[4];
+      pack_weights<T>(left, weights[2 * n], weights[2 * n + 1]);
 #pragma unroll
       for (int d = 0; d < kOut / 16; ++d) {
         uint32_t right[4];

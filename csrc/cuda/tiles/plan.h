@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Tensor-core path: what a block works on, and the boxes that make it cheap. No device code.
 //
-// Rows are a box of kRows tokens of one dilation group and one head: queries, or keys in the pass for the gradients of keys
+// Rows are a box of 64 tokens, or 128, of one dilation group and one head: queries, or keys in the pass for the gradients of keys
 // and values. Columns are the tokens of the other side that those rows see: on each axis a range, because windows (and inverse
 // windows) grow with the token. The range is walked in boxes that start where it starts, not on a fixed grid.
 #pragma once
@@ -11,10 +11,10 @@ namespace natten::cuda::tiles {
 
 enum class Pass { kForward, kQueryGradient, kKeyGradient };
 
-constexpr int kRows = 64;
+constexpr int64_t kAnyReach = INT64_MAX;
 
 struct Plan {
-  int rows[kAxes];     // shape of a row tile, powers of two, kRows together
+  int rows[kAxes];     // shape of a row tile, powers of two
   int columns[kAxes];  // shape of a column box
   int tiles[kAxes];    // row tiles of a dilation group on each axis
   int groups[kAxes];   // dilation groups that have rows; the first is that of the first row
@@ -27,6 +27,7 @@ namespace {
 struct Seen {
   int middle, end;
   double tiles, at_ends;
+  int64_t reach;  // what a box may have of them
 
   // Boxes of `size` over all tiles of the axis.
   double boxes(int size) const {
@@ -34,7 +35,7 @@ struct Seen {
   }
 };
 
-inline Seen seen_together(const Problem& p, int a, bool key_rows, int64_t rows, int64_t tiles) {
+inline Seen seen_together(const Problem& p, int a, bool key_rows, int64_t rows, int64_t tiles, int64_t reach) {
   const Axis& axis = p.axis[a];
   const int64_t length = group_length(axis, 0);
   const auto of_tile = [&](int64_t first) {
@@ -43,7 +44,7 @@ inline Seen seen_together(const Problem& p, int a, bool key_rows, int64_t rows, 
     return int(smaller(larger(seen, 1), 1 << 30));
   };
   const double at_ends = 2 * double(larger(axis.kernel / 2 / rows, 1));
-  return {of_tile(larger(length / 2 - rows / 2, 0)), of_tile(0), double(tiles), at_ends < double(tiles) ? at_ends : double(tiles)};
+  return {of_tile(larger(length / 2 - rows / 2, 0)), of_tile(0), double(tiles), at_ends < double(tiles) ? at_ends : double(tiles), reach / axis.dilation};
 }
 
 // Sizes of a box that cut a range evenly: the next smaller one.
@@ -56,10 +57,10 @@ inline int smaller_size(int range, int size) {
 // are in use; of those the one with the fewest slots, for its copies.
 inline double choose_columns(const Seen* seen, int most, int* columns) {
   double best = -1;
-  const auto fitting = [](int range, int left) { return range < left ? range : left; };
-  for (int x = fitting(seen[0].middle, most); x >= 1; x = smaller_size(seen[0].middle, x)) {
-    for (int y = fitting(seen[1].middle, most / x); y >= 1; y = smaller_size(seen[1].middle, y)) {
-      int z = fitting(seen[2].middle, most / (x * y));
+  const auto fitting = [](const Seen& axis, int left) { return int(smaller(smaller(axis.middle, axis.reach), left)); };
+  for (int x = fitting(seen[0], most); x >= 1; x = smaller_size(seen[0].middle, x)) {
+    for (int y = fitting(seen[1], most / x); y >= 1; y = smaller_size(seen[1].middle, y)) {
+      int z = fitting(seen[2], most / (x * y));
       z = (seen[2].middle + (seen[2].middle + z - 1) / z - 1) / ((seen[2].middle + z - 1) / z);  // as many boxes, cut evenly
       const double cost = seen[0].boxes(x) * seen[1].boxes(y) * seen[2].boxes(z) * (most + 0.01 * x * y * z);
       if (best < 0 || cost < best) best = cost, columns[0] = x, columns[1] = y, columns[2] = z;
@@ -68,20 +69,21 @@ inline double choose_columns(const Seen* seen, int most, int* columns) {
   return best;
 }
 
-// The plan of a pass whose column boxes hold at most `most` tokens. From geometry alone, deterministic.
-inline Plan make_plan(const Problem& p, bool key_rows, int most) {
+// The plan of a pass whose row tiles hold `rows` tokens, a power of two, and whose column boxes hold at most `most` tokens and
+// reach no further than `reach` on any axis, which is at least the dilation. From geometry alone, deterministic.
+inline Plan make_plan(const Problem& p, bool key_rows, int rows, int most, int64_t reach = kAnyReach) {
   Plan best{};
   double least = -1;
   const int64_t* shape = key_rows ? p.kv_shape : p.q_shape;
-  for (int x = kRows; x >= 1; x /= 2)
-    for (int y = kRows / x; y >= 1; y /= 2) {
-      Plan plan{{x, y, kRows / (x * y)}, {}, {}, {}};
+  for (int x = rows; x >= 1; x /= 2)
+    for (int y = rows / x; y >= 1; y /= 2) {
+      Plan plan{{x, y, rows / (x * y)}, {}, {}, {}};
       Seen seen[kAxes];
       for (int a = 0; a < kAxes; ++a) {
         const int64_t length = ceil_div(shape[a], p.axis[a].dilation);  // tokens of this tensor in one group, at most
         plan.groups[a] = int(smaller(p.axis[a].dilation, shape[a]));
         plan.tiles[a] = int(ceil_div(length, plan.rows[a]));
-        seen[a] = seen_together(p, a, key_rows, smaller(plan.rows[a], length), plan.tiles[a]);
+        seen[a] = seen_together(p, a, key_rows, smaller(plan.rows[a], length), plan.tiles[a], reach);
       }
       const double cost = choose_columns(seen, most, plan.columns);
       if (least < 0 || cost < least) least = cost, best = plan;

@@ -7,14 +7,23 @@
 namespace natten::cuda::tiles {
 namespace {
 
-template <class T, class Sums> const char* run_pass(const Problem& p, Stream stream) {
-  using S = typename Sums::S;
-  TileWork work{p, make_plan(p, S::kKeyRows, S::kColumns), 0, float(p.scale) * kLog2e};
+template <class S> TileWork make_work(const Problem& p, int64_t reach = kAnyReach) {
+  return {p, make_plan(p, S::kKeyRows, S::kRows, S::kColumns, reach), 0, float(p.scale) * kLog2e};
+}
+
+// Every block of a pass; Given is a TileWork.
+template <class S, class Kernel, class Given> const char* start_blocks(Kernel kernel, int threads, Given& work, Stream stream) {
+  const Problem& p = work.p;
   int64_t blocks = p.batch * (S::kKeyRows ? p.heads_kv : p.heads) * (S::kDim / S::kOut);
   for (int a = 0; a < kAxes; ++a) blocks *= int64_t(work.plan.groups[a]) * work.plan.tiles[a];
   for (; work.first < blocks; work.first += kMaxBlocks)
-    if (const char* error = start(attend<T, Sums>, smaller(blocks - work.first, kMaxBlocks), kThreads, S::kBytes, work, stream)) return error;
+    if (const char* error = start(kernel, smaller(blocks - work.first, kMaxBlocks), threads, S::kBytes, work, stream)) return error;
   return nullptr;
+}
+
+template <class T, class Sums> const char* run_pass(const Problem& p, Stream stream) {
+  TileWork work = make_work<typename Sums::S>(p);
+  return start_blocks<typename Sums::S>(attend<T, Sums>, Sums::S::kThreads, work, stream);
 }
 
 // The smallest head dim of the table that holds both: rows are filled up with zeros in shared memory.

@@ -44,21 +44,21 @@ enum Fact {
 };
 struct Tables {
   uint32_t row_offsets, column_offsets, row_word, column_word, column_bias, facts, spans;
-  int columns;
-  DEVICE Tables(uint32_t base, int columns_) {
-    columns = columns_;
-    row_offsets = base, column_offsets = row_offsets + 16 * kRows, row_word = column_offsets + 16 * columns;
-    column_word = row_word + 4 * kRows, column_bias = column_word + 4 * columns, facts = column_bias + 4 * columns;
+  int rows, columns;
+  DEVICE Tables(uint32_t base, int rows_, int columns_) {
+    rows = rows_, columns = columns_;
+    row_offsets = base, column_offsets = row_offsets + 16 * rows, row_word = column_offsets + 16 * columns;
+    column_word = row_word + 4 * rows, column_bias = column_word + 4 * columns, facts = column_bias + 4 * columns;
     spans = facts + 4 * kAxes * kFacts;
   }
   // Of the first or second operand, in numbers.
-  DEVICE uint32_t row_offset(int operand, int slot) const { return row_offsets + 8 * (operand * kRows + slot); }
+  DEVICE uint32_t row_offset(int operand, int slot) const { return row_offsets + 8 * (operand * rows + slot); }
   DEVICE uint32_t column_offset(int operand, int slot) const { return column_offsets + 8 * (operand * columns + slot); }
   DEVICE uint32_t span(int i) const { return spans + 8 * i; }
   DEVICE int fact(Fact which, int a) const { return ptx::load_shared<int>(facts + 4 * (kAxes * which + a)); }
   DEVICE void set_fact(Fact which, int a, int value) const { ptx::store_shared(facts + 4 * (kAxes * which + a), value); }
 };
-constexpr int table_bytes(int columns) { return 20 * kRows + 24 * columns + 4 * kAxes * kFacts + 8 * (kRows + kAxes) + 4; }
+constexpr int table_bytes(int rows, int columns) { return 20 * rows + 24 * columns + 4 * kAxes * kFacts + 8 * (rows + kAxes) + 4; }
 
 // The row tile of a block.
 template <bool kKeyRows> struct Tile {
