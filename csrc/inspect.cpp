@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // What the library tells about itself: the window formulas as it computes them (for the parity test), the instruction
-// set that it runs on, and the scratch that a thread takes.
+// set that it runs on, the scratch that a thread takes, and how often a key is packed.
 #include "cpu_passes.h"
 
 namespace natten {

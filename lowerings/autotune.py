@@ -2,7 +2,7 @@
 """What competes under `max_autotune`: the template with other tilings, and the call of the eager kernel.
 
 Inductor times each alone, without what follows the attention, and fuses that with a template only. Choices share their
-inputs, so there is a competition only where no query is computed inside, and nobody asks for the log-sum-exp.
+inputs, so there is a competition only where no token is computed inside, and nobody asks for the log-sum-exp.
 """
 
 from __future__ import annotations

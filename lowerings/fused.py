@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import sympy
@@ -20,7 +21,7 @@ from natten_ops import _compiler, backends
 from natten_ops.geometry.params import Box, NAParams, make_box, make_params
 from natten_ops.lowerings import autotune
 from natten_ops.lowerings._compat import V, empty_strided, hints, ir, select
-from natten_ops.lowerings.pairs import PairedToken
+from natten_ops.lowerings.pairs import PairedToken, reads_along_rows
 from natten_ops.lowerings.template import ForwardTemplate, Geometry, token_index
 
 FORWARD = torch.ops.natten.neighborhood_attention_lse.default
@@ -29,6 +30,11 @@ _fallback = fallback_handler(FORWARD, add_to_fallback_set=False)
 # which Inductor makes scalar code, writing takes longer. Ops times packings above the first, at which computing keys anew lost
 # against writing them, on one thread: 5 to 14 lost, up to 3.3 won, 4 was even; pairs still won at 15 (bench.compiled keys).
 OPS_OF_A_PASS, OPS_OF_A_PASS_OF_PAIRS = 4, 16
+_ATEN = torch.ops.aten
+_SAME_NUMBERS = {
+    _ATEN.view.default, _ATEN.reshape.default, _ATEN.permute.default, _ATEN.transpose.int, _ATEN.unsqueeze.default,
+    _ATEN.squeeze.dim, _ATEN.squeeze.dims, _ATEN.alias.default,
+}  # fmt: skip
 
 
 def _extern_call(*args: Any, backend: int = 0, **kwargs: Any) -> Any:
@@ -170,18 +176,45 @@ def _readable(tensor: Any) -> Any:
 def _inlined(rows: dict[str, tuple[Any, int]], times_packed: Callable[[], float]) -> dict[str, Any]:
     """What computes the query, key and value where they are packed, of those that are not in memory."""
     producers = {name: _producer(*row) for name, row in rows.items() if not ir.is_storage_and_layout(row[0])}
-    for name, node in zip(("key", "value"), V.graph.current_node.args[1:3]):
-        if name in producers and (len(node.users) > 1 or not pays(producers[name], times_packed())):
-            del producers[name]  # with users beside the attention it will be in memory anyway
+    times = functools.cache(times_packed)
+    for name, node in zip(rows, V.graph.current_node.args):
+        if name not in producers:
+            continue
+        way = way_of(producers[name])
+        anew = name == "query" or not (_is_read_elsewhere(node) or (times() - 1) * way.ops > way.ops_of_a_pass)
+        if not (anew and way.in_rows):
+            del producers[name]
     return producers
 
 
-def pays(producer: Any, times: float) -> bool:
-    """Whether computing keys (or values) each time they are packed costs less than writing them to memory once."""
+class Way(NamedTuple):
+    """How a producer of tokens can be computed in the attention, a row of a token at a time."""
+
+    in_rows: bool  # no element by element from places that lie apart
+    ops: int  # on a number
+    ops_of_a_pass: int
+
+
+def way_of(producer: Any) -> Way:
     rank = len(producer.get_size()) - 3
+
+    def at(element: Any) -> list[Any]:
+        return token_index(rank, element)
+
     with mock.patch.object(ir.FlexibleLayout, "allow_indexing", True):  # as Inductor does to look into expressions
-        in_pairs = PairedToken.of(producer, lambda element: token_index(rank, element)) is not None
-    return (times - 1) * producer.inner_fn_opcount().num_ops <= (OPS_OF_A_PASS_OF_PAIRS if in_pairs else OPS_OF_A_PASS)
+        in_pairs = PairedToken.of(producer, at) is not None
+        in_rows = in_pairs or reads_along_rows(producer, at)
+    ops_of_a_pass = OPS_OF_A_PASS_OF_PAIRS if in_pairs else OPS_OF_A_PASS
+    return Way(in_rows, producer.inner_fn_opcount().num_ops, ops_of_a_pass)
+
+
+def _is_read_elsewhere(node: Any) -> bool:
+    """Whether tokens have users beside the attention, so that they will be in memory anyway."""
+    while isinstance(node, torch.fx.Node):
+        if len(node.users) > 1:
+            return True
+        node = node.args[0] if node.target in _SAME_NUMBERS else None
+    return False
 
 
 def _producer(tokens: Any, dim: int) -> Any:

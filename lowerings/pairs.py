@@ -43,6 +43,7 @@ class _OneOfEachPair(WrapperHandler):
         super().__init__(inner)
         self.variable, self.length, self.rows = variable, length, rows
         self.linear = True  # all indices so far
+        self.steps: set[Any] = set()  # of reads; those that are not linear have None
         self.in_steps_of_two: list[tuple[str, Any]] = []  # (tensor, start), where it is safe to read them beforehand
         self._computed: set[Any] = set()  # symbols of indices that are read from memory
         # Around what is traced now: what they hide may not exist. (In emission what is masked has a handler of its own.)
@@ -52,6 +53,7 @@ class _OneOfEachPair(WrapperHandler):
 
     def load(self, name: str, index: Any) -> Any:
         start, step = self._linear_form(index)
+        self.steps.add(step)
         if step == 2 and (name, start) in self.rows:
             return self._inner.load(self.rows[name, start], self.variable)
         if step == 2 and not self._masks and not self._computed & start.free_symbols:
@@ -168,6 +170,12 @@ class PairedToken:
 
         like = self.producer
         return ir.Pointwise(device=like.get_device(), dtype=like.get_dtype(), ranges=[self.pairs], inner_fn=compute)
+
+
+def reads_along_rows(producer: Any, at: Callable[[Any], list[Any]]) -> bool:
+    """Whether a token's elements are read from memory in their order or against it, or are one: not from a tensor that has
+    channels, or heads, further apart."""
+    return _traced(producer, at, producer.get_size()[-1]).steps <= {0, 1, -1, None}
 
 
 def _of_pair(at: Callable[[Any], list[Any]], i: int, pair: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 """Rotary embeddings in spellings that Inductor would not fuse, rewritten on their way to an attention.
 
 Inductor writes every concatenation to memory. Of two halves of the head dim it becomes a choice between them, element by
-element: computed where the query is packed, or in the one kernel that writes the key. And Inductor has no code for complex
+element: computed where tokens are packed, or in the one kernel that writes them. And Inductor has no code for complex
 numbers, so a product of complex pairs becomes the real products that it stands for.
 """
 

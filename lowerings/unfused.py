@@ -17,6 +17,7 @@ import torch
 from torch._inductor.fx_passes import post_grad
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.pattern_matcher import CallFunctionVarArgs, Match, register_graph_pattern
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from natten_ops.lowerings._compat import ir
 from natten_ops.lowerings.fused import FORWARD, replace_node
@@ -120,7 +121,8 @@ def _let_weights_replace_logits(weighted_sum: Any) -> None:
     for node in between:  # grows: dropout, a change of dtype, whatever else is element by element
         logits = logits_of(node)
         if logits is not None:
-            replace_node(node, _divide, [*node.args, logits])
+            if not any(_is(user, _ATEN.ne.Tensor) for user in logits.users):  # else another sum has the same weights
+                replace_node(node, _divide, [*node.args, logits])
             return
         between += [n for n in node.all_input_nodes if n not in between and _has_shape(n, shape)]
 
@@ -131,8 +133,11 @@ def _divide(exponentials: Any, total: Any, logits: Any) -> Any:
 
 
 def _has_shape(node: Any, shape: Any) -> bool:
+    """Whether it surely has; nothing is assumed of sizes that are not known."""
     tensor = node.meta.get("val")
-    return isinstance(tensor, torch.Tensor) and tensor.shape == shape
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != len(shape):
+        return False
+    return all(statically_known_true(size == wanted) for size, wanted in zip(tensor.shape, shape))
 
 
 def _erase_unused(node: Any) -> None:

@@ -181,6 +181,32 @@ def test_logits_that_others_read_stay():
     assert stores_weights(source)
 
 
+def test_weights_of_several_sums_look_at_the_logits_once():
+    def step(query, key, value):
+        weights = (natten_ops.na2d_qk(query, key, **SETTINGS) + 1).softmax(-1)
+        return [natten_ops.na2d_av(weights, value * n, **SETTINGS) for n in (1, 2, 3)]
+
+    (source,) = compile_and_compare(step, *tokens())
+    assert not stores_weights(source) and source.count("blendv") <= 2  # vectors, and the rest of a row
+
+
+def test_unknown_sizes_are_not_compared():
+    """Rows and columns that are one size today make no graph of their own."""
+
+    def step(query, key, value, gate):
+        weights = (natten_ops.na2d_qk(query, key, **SETTINGS) + 1).softmax(-1)
+        return natten_ops.na2d_av(gate.transpose(2, 3) * weights, value, **SETTINGS)
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    with torch.fx.experimental._config.patch(use_duck_shape=False), torch.no_grad():
+        compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+        for rows, columns in ((9, 9), (10, 12), (11, 14)):
+            given = [t[..., :columns, :] for t in tokens(rows, columns)]
+            gate = torch.randn(2, HEADS, columns, rows, SLOTS)
+            torch.testing.assert_close(compiled(*given, gate), step(*given, gate), atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 1
+
+
 def test_a_logit_that_is_nan_is_that_of_eager_code():
     """The weights look at the logits only for the sake of their memory."""
     query, key, value = tokens()

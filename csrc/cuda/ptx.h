@@ -152,6 +152,16 @@ inline bool make_tensor_map(TensorMap* map, decltype(&cuTensorMapEncodeTiled) en
 }
 
 // ---- wgmma, m64 nN k16, fp32 accumulators; A K-major from shared memory (ss) or registers (rs); B K-major or MN-major
+// The compiler does not see that a wgmma which is under way reads and writes registers: their numbers are used before the fence that
+// opens it, and after the wait that ends it, as if they were changed here.
+template <int N> PTX void wgmma_registers(float (&r)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(r[i])::"memory");
+}
+template <int N> PTX void wgmma_registers(uint32_t (&r)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * N; i++) asm volatile("" : "+r"(r[i / 4][i % 4])::"memory");
+}
 PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 PTX void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> PTX void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }

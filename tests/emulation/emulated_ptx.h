@@ -252,6 +252,7 @@ inline uint32_t wgmma_element(uint64_t descriptor, bool mn_major, int mn, int k)
   return swizzle_address(start + offset, bits);
 }
 struct WgmmaArgs { float* c; const uint32_t* a; uint64_t desc_a, desc_b; bool accumulate; };
+template <class Registers> inline void wgmma_registers(Registers&) {}  // of a compiler's business alone
 inline void wgmma_fence(WHERE) { meet_warp("wgmma_fence", line, nullptr, [](void**) { block->my_warp().wgmma_fenced = true; }); }
 inline void wgmma_commit(WHERE) { meet_warp("wgmma_commit", line, nullptr, [](void**) { block->my_warp().wgmma.group.emplace_back(); }); }
 template <int N> inline void wgmma_wait(WHERE) {

@@ -189,16 +189,17 @@ template <class Visit> inline void for_blocks(const Problem& p, const Tiling& t,
   });
 }
 
-// How many times a key is packed, on average: strips overlap, and so do ranges of rows, or blocks of them where each
-// walks an outer axis.
+// How many times a key is packed, on average: strips overlap, and so do ranges of rows, or blocks of them where each walks
+// an outer axis that the ring does not hold.
 inline double times_packed(const Problem& p, const Tiling& t) {
+  const bool walked = p.q_shape[0] > 1 && p.kv_shape[0] > t.ring[0];
   double columns = 0, rows = 0;
   for (int64_t begin = 0; begin < p.q_shape[2]; begin += t.strip)
     columns += double(t.axis[2].query_at(smaller(begin + t.strip, p.q_shape[2]) - 1).end - t.axis[2].query_at(begin).first);
   for (int64_t begin = 0; begin < p.q_shape[1]; begin += t.range) {
     int64_t kept = 0;  // the end of the rows of keys that are still there
     for_middle_blocks(t, begin, smaller(begin + t.range, p.q_shape[1]), [&](const BlockRow* block, int count) {
-      const int64_t end = block[count - 1].y_end, first = p.q_shape[0] > 1 ? block[0].y_begin : larger(kept, block[0].y_begin);
+      const int64_t end = block[count - 1].y_end, first = walked ? block[0].y_begin : larger(kept, block[0].y_begin);
       rows += double(larger(end - first, 0)), kept = larger(kept, end);
     });
   }

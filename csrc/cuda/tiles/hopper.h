@@ -141,12 +141,14 @@ template <class T, int kDim> struct Ring {
                                            numbers_along<S::kColumns>(columns, step), step > 0);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
+    ptx::wgmma_registers(flat(scores));
   }
   // sums += weights . columns.
   DEVICE void add_product(float (&sums)[kDim / 8][4], const float (&weights)[S::kColumns / 8][4], uint32_t columns) const {
     uint32_t left[S::kColumns / kStep][4];
 #pragma unroll
     for (int n = 0; n < S::kColumns / kStep; ++n) pack_weights<T>(left[n], weights[2 * n], weights[2 * n + 1]);
+    ptx::wgmma_registers(left), ptx::wgmma_registers(flat(sums));
     ptx::wgmma_fence();
 #pragma unroll
     for (int n = 0; n < S::kColumns / kStep; ++n)
@@ -154,6 +156,7 @@ template <class T, int kDim> struct Ring {
                                    ptx::wgmma_descriptor(columns + n * (kStep * kLine), S::kColumns * kLine, kAlignment), true);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
+    ptx::wgmma_registers(flat(sums)), ptx::wgmma_registers(left);
   }
   template <int kCount> static DEVICE float (&flat(float (&accumulators)[kCount][4]))[4 * kCount] {
     return reinterpret_cast<float(&)[4 * kCount]>(accumulators);
@@ -218,6 +221,8 @@ __global__ void __launch_bounds__(RingShape<T, kDim>::kAllThreads, RingShape<T, 
   constexpr int kThreads = RingShape<T, kDim>::kThreads;
   if (ptx::thread_index() < kThreads) ring.consume();
   else if (ptx::thread_index() == kThreads) ring.produce();
+#elif defined(__CUDA_ARCH__)
+  __trap();  // rather than results that nobody wrote, where a driver was told to take other code than this device's
 #endif
 }
 

@@ -70,7 +70,8 @@ const char* map_columns(const Problem& p, const Plan& plan, const Rows& rows, in
   // Innermost first: the numbers of a token, its axes from the last to the first, samples.
   const int64_t size[] = {heads.row, p.kv_shape[2], p.kv_shape[1], p.kv_shape[0], p.batch * (heads.merged ? p.heads_kv : 1)};
   int64_t stride[] = {rows.token[2] * 2, rows.token[1] * 2, rows.token[0] * 2, heads.sample * 2};
-  const int step[] = {1, int(p.axis[2].dilation), int(p.axis[1].dilation), int(p.axis[0].dilation), 1};
+  const auto step_of = [&](int a) { return plan.columns[a] == 1 ? 1 : int(p.axis[a].dilation); };  // a grid may have fewer tokens
+  const int step[] = {1, step_of(2), step_of(1), step_of(0), 1};
   const int box[] = {kPart, plan.columns[2] * step[1], plan.columns[1] * step[2], plan.columns[0] * step[3], 1};
   int64_t span = heads.row * 2;
   for (int i = 0; i + 1 < kRank; ++i) {
@@ -82,6 +83,8 @@ const char* map_columns(const Problem& p, const Plan& plan, const Rows& rows, in
   const auto encode = find_encode();
 #if !defined(NATTEN_EMULATE)
   if (!encode) return "the driver has no cuTensorMapEncodeTiled: install one for CUDA 12 or newer";
+  int device = 0;
+  cudaGetDevice(&device), cudaSetDevice(device);  // the driver wants a context, which a thread has from its first launch only
 #endif
   return ptx::make_tensor_map(&columns->map, encode, rows.data, kRank, size, stride, box, step, is_bf16)
              ? nullptr : "the driver refuses the tensor map of keys or values (cuTensorMapEncodeTiled)";
