@@ -36,33 +36,22 @@ int64_t cpu_scratch_bytes(int64_t head_dim, int64_t value_dim) {
 }
 
 // What the tiled path would do with a problem, of its shapes alone; 0 where it has nothing to do.
-template <class Ask> auto ask_tiles(const Arguments& a, bool whole, const Ask& ask) {
+template <auto ask> auto ask_tiles(const Tensor& query, const Tensor& key, const Tensor& value, Integers kernel_size, Integers stride,
+                                   Integers dilation, Flags is_causal, OptionalTensor additional_keys, OptionalTensor additional_values,
+                                   OptionalTensor rpb, OptionalTensor key_mask, Integers q_origin, Integers kv_origin, Integers extent,
+                                   bool whole) {
+  const Arguments a{query, key, value, kernel_size, stride, dilation, is_causal, std::nullopt, additional_keys,
+                    additional_values, rpb, key_mask, q_origin, kv_origin, extent};
   check(a);
   using Answer = decltype(ask(Problem{}, Dtype::float32));
-  if (a.query.numel() == 0 || a.value.numel() == 0) return Answer(0);
+  if (query.numel() == 0 || value.numel() == 0) return Answer(0);
   Problem p = make_problem(a);
   p.whole = whole;
-  return ask(p, dtype_of(a.query));
+  return ask(p, dtype_of(query));
 }
 
-// Scratch of one thread, windows whole or in parts where they do not fit.
-int64_t cpu_tiled_scratch_bytes(const Tensor& query, const Tensor& key, const Tensor& value, Integers kernel_size, Integers stride,
-                                Integers dilation, Flags is_causal, OptionalTensor additional_keys, OptionalTensor additional_values,
-                                OptionalTensor rpb, OptionalTensor key_mask, Integers q_origin, Integers kv_origin, Integers extent,
-                                bool whole) {
-  return ask_tiles({query, key, value, kernel_size, stride, dilation, is_causal, std::nullopt, additional_keys, additional_values,
-                    rpb, key_mask, q_origin, kv_origin, extent}, whole,
-                   [](const Problem& p, Dtype dtype) { return cpu::tiled_scratch_bytes(p, dtype); });
-}
 // How often the forward packs a key, on average.
-double cpu_tiled_times_packed(const Tensor& query, const Tensor& key, const Tensor& value, Integers kernel_size, Integers stride,
-                              Integers dilation, Flags is_causal, OptionalTensor additional_keys, OptionalTensor additional_values,
-                              OptionalTensor rpb, OptionalTensor key_mask, Integers q_origin, Integers kv_origin, Integers extent,
-                              bool whole) {
-  return ask_tiles({query, key, value, kernel_size, stride, dilation, is_causal, std::nullopt, additional_keys, additional_values,
-                    rpb, key_mask, q_origin, kv_origin, extent}, whole,
-                   [](const Problem& p, Dtype dtype) { return cpu::tiled_forward_kernels(dtype).times_packed(p); });
-}
+double times_packed(const Problem& p, Dtype dtype) { return cpu::tiled_forward_kernels(dtype).times_packed(p); }
 
 }  // namespace
 
@@ -78,8 +67,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(natten, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(natten, CPU, m) {
   m.impl("_windows", TORCH_BOX(&windows));
-  m.impl("_cpu_tiled_scratch_bytes", TORCH_BOX(&cpu_tiled_scratch_bytes));
-  m.impl("_cpu_tiled_times_packed", TORCH_BOX(&cpu_tiled_times_packed));
+  m.impl("_cpu_tiled_scratch_bytes", TORCH_BOX(&ask_tiles<cpu::tiled_scratch_bytes>));
+  m.impl("_cpu_tiled_times_packed", TORCH_BOX(&ask_tiles<times_packed>));
 }
 STABLE_TORCH_LIBRARY_IMPL(natten, CompositeImplicitAutograd, m) {
   m.impl("_cpu_vector_bytes", TORCH_BOX(&cpu_vector_bytes));
