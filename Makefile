@@ -70,7 +70,7 @@ bench: build
 build: $(ready)
 	$(pip) install -q --no-deps --no-build-isolation -e .
 
-# What nvcc makes of every kernel; what the tests notice of changes to them (an hour and a half).
+# What nvcc makes of every kernel; what the tests notice of changes to them (about two hours).
 test-cuda-build: build
 	$(PY) -m pytest -q -m "slow or not slow" tests/test_cuda_build.py
 test-mutations: build

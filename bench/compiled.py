@@ -138,30 +138,35 @@ def neighbours(rounds: int) -> Iterator[str]:
 def keys(rounds: int) -> Iterator[str]:
     from natten_ops.lowerings import fused
 
-    def step(q: Tensor, k: Tensor, v: Tensor, rotate_q: Any, rotate_k: Any, window: int, *angles: Tensor) -> Tensor:
-        query, key = (rotate(t, *angles) if rotate else t for rotate, t in ((rotate_q, q), (rotate_k, k)))
+    def step(q: Tensor, k: Tensor, v: Tensor, make_q: Any, make_k: Any, window: int, *angles: Tensor) -> Tensor:
+        query, key = (make(t, *angles) if make else t for make, t in ((make_q, q), (make_k, k)))
         attend = (natten_ops.na1d, natten_ops.na2d, natten_ops.na3d)[q.dim() - 4]
         return attend(query, key, v, kernel_size=window) * 2
 
-    spellings = {"halves": rope, "pairs": rope_of_pairs}
-    rotated = {"neither": (None, None)}
-    for spelling, rotation in spellings.items():
-        rotated[f"queries, {spelling}"] = rotation, None
-        rotated |= {f"{keys}, {spelling}": (None, rotation) for keys in ("keys inside", "keys in memory")}
+    made: dict[str, tuple[Any, Any]] = {"neither": (None, None)}
+    for name, rotation in {"halves": rope, "pairs": rope_of_pairs}.items():
+        made[f"queries, {name}"] = rotation, None
+    cheaper = {
+        "a weight": lambda x, weight, _: x * weight,
+        "weight and bias": lambda x, weight, bias: x * weight + bias,
+    }
+    for name, maker in {**cheaper, "halves": rope, "pairs": rope_of_pairs}.items():
+        made |= {f"{keys}, {name}": (None, maker) for keys in ("keys inside", "keys in memory")}
     for shape, dim, window in (
         ((56, 56), 32, 7),
         ((224, 224), 32, 7),
         ((32, 32), 64, 13),
         ((8, 28, 28), 32, 5),
+        ((16, 24, 24), 64, 5),
         ((4096,), 32, 31),
     ):
         tensors = torch.randn(3, 1, *shape, 4, dim).unbind()
         angles = torch.randn(2, *shape, 1, dim).unbind()
         with torch.no_grad():
             functions = {}
-            for name, rotations in rotated.items():
+            for name, makers in made.items():
 
-                def use(way: Callable[..., Any], call: Any = (*tensors, *rotations, window, *angles)) -> Any:
+                def use(way: Callable[..., Any], call: Any = (*tensors, *makers, window, *angles)) -> Any:
                     return way(*call)
 
                 with mock.patch.object(
@@ -169,10 +174,8 @@ def keys(rounds: int) -> Iterator[str]:
                 ):
                     functions[name] = functools.partial(use, compiled(step, False, use))
             times = interleave(functions, rounds, block_seconds=0.1)
-        added = (
-            f"{name} {median_ratio(times[name], times['neither']) - 1:.3f}" for name in rotated if name != "neither"
-        )
-        yield f"{shape}, head dim {dim}, window {window}: rotating adds, of the time without: {'; '.join(added)}"
+        added = (f"{name} {median_ratio(times[name], times['neither']) - 1:.3f}" for name in made if name != "neither")
+        yield f"{shape}, head dim {dim}, window {window}: this adds, of the time without: {'; '.join(added)}"
 
 
 def backward(rounds: int) -> Iterator[str]:

@@ -38,27 +38,31 @@ def heads_first(size: int, window: int, dim: int, heads: int = 4) -> tuple[Tenso
 
 
 def ops(rounds: int) -> Iterator[str]:
-    size, window, dim = HEADLINE.spatial[0], HEADLINE.kernel_size[0], HEADLINE.head_dim
-    query, key, value, weights = heads_first(size, window, dim)
-    lists = [[window] * 2, [1, 1], [1, 1], [False, False]]
     natten = torch.ops.natten
     yardstick, yardstick_flops = matmul()
-    one = HEADLINE.work("forward") // 2
-    qk_needed, av_needed = [True, True, False, False], [True, True, False]
-    work = {
-        "na_qk": (functools.partial(natten.na_qk, query, key, *lists), one),
-        "na_av": (functools.partial(natten.na_av, weights, value, *lists), one),
-        "na_qk_backward": (
-            lambda: natten.na_qk_backward(weights, query, key, *lists, None, None, qk_needed),
-            2 * one,
-        ),
-        "na_av_backward": (lambda: natten.na_av_backward(query, weights, value, *lists, None, av_needed), 2 * one),
-    }
-    functions: Functions = {"sgemm": yardstick, **{name: call for name, (call, _) in work.items()}}
-    with torch.inference_mode():
-        times = interleave(functions, rounds)
-    for name, (_, flops) in work.items():
-        yield f"{name}: {median_ratio(times['sgemm'], times[name]) * flops / yardstick_flops:.2f} of the sgemm rate"
+    window, qk_needed, av_needed = HEADLINE.kernel_size[0], [True, True, False, False], [True, True, False]
+    lists = [[window] * 2, [1, 1], [1, 1], [False, False]]
+    for size in (HEADLINE.spatial[0], 4 * HEADLINE.spatial[0]):  # weights in the cache; and not
+        query, key, value, weights = heads_first(size, window, HEADLINE.head_dim)
+        work: dict[str, tuple[Callable[..., Any], int]] = {
+            "na_qk": (functools.partial(natten.na_qk, query, key, *lists), 1),
+            "na_av": (functools.partial(natten.na_av, weights, value, *lists), 1),
+            "na_qk_backward": (
+                functools.partial(natten.na_qk_backward, weights, query, key, *lists, None, None, qk_needed),
+                2,
+            ),
+            "na_av_backward": (
+                functools.partial(natten.na_av_backward, query, weights, value, *lists, None, av_needed),
+                2,
+            ),
+        }
+        product = 2 * query.numel() * window * window
+        functions: Functions = {"sgemm": yardstick, **{name: call for name, (call, _) in work.items()}}
+        with torch.inference_mode():
+            times = interleave(functions, rounds)
+        for name, (_, products) in work.items():
+            share = median_ratio(times["sgemm"], times[name]) * products * product / yardstick_flops
+            yield f"{size}x{size}, {name}: {share:.2f} of the sgemm rate"
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, window: int, bias: Tensor | None = None) -> Tensor:

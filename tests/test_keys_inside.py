@@ -52,7 +52,7 @@ def test_keys_that_others_read_are_read_from_memory():
 
 @pytest.mark.parametrize("name", ["channels first", "heads last"])
 def test_what_lies_apart_is_brought_together_first(name):
-    """Element by element is slower than Inductor's transposed tiles: at 56x56 three times, the attention included."""
+    """Element by element would be slower than the tiles in which Inductor transposes."""
     tensors = [torch.randn(2, 64, 9, 12) if name == "channels first" else torch.randn(2, 9, 12, 16, 4) for _ in "qkv"]
 
     def tokens(x):

@@ -242,7 +242,7 @@ template <class A> struct Strip {
   void fill(const Tiling& t, int64_t begin, int64_t end, int most, int64_t slot = 0) {
     constexpr int W = kLanes<A>;
     const PlacedAxis& inner = t.axis[2];
-    if (filled[0] == begin && filled[1] == end && filled[2] == slot) return;  // other owners of the strip: up to 5 % of an op
+    if (filled[0] == begin && filled[1] == end && filled[2] == slot) return;  // other owners of the strip
     filled[0] = begin, filled[1] = end, filled[2] = slot;
     queries = int(end - begin);
     vectors = (queries + W - 1) / W;
@@ -298,11 +298,13 @@ template <class A> struct Strip {
   }
 };
 
+constexpr int64_t kCached = 8 << 20;  // an image of more bytes is in no cache when it is met again
+
 // Heads of keys that one owner walks together. Heads-last, one head is a fraction of a token's memory, and an image that
 // no cache holds is read again by every owner of its tokens: at 448x448 with two heads of 32, an owner for each head took
 // 1.6 times as long as one for both. Heads-first tensors (unfused ops) are an image for each head.
 template <class T> inline int64_t heads_that_share_pages(const Problem& p) {
-  constexpr int64_t kCached = 8 << 20, kSpan = 1024;
+  constexpr int64_t kSpan = 1024;
   const int64_t token = p.head_dim * int64_t(sizeof(T)), image = p.kv_shape[0] * p.kv_shape[1] * p.kv_shape[2] * p.heads_kv * token;
   int64_t together = 1;
   if (p.key.head > p.key.token[2]) return together;

@@ -58,13 +58,13 @@ NATTEN_INLINE Quad load_four(const float16* p) {
 }
 // Four elements of each of kLanes / 4 rows, one row per 128-bit part.
 template <class T> NATTEN_INLINE Vector<float> load_parts(const T* const* row, int64_t at) {
-#if NATTEN_VECTOR_BYTES == 64
-  typedef float Eight __attribute__((vector_size(32)));
-  const Eight a = shuffled<0, 1, 2, 3, 4, 5, 6, 7>(load_four(row[0] + at), load_four(row[1] + at));
-  const Eight b = shuffled<0, 1, 2, 3, 4, 5, 6, 7>(load_four(row[2] + at), load_four(row[3] + at));
-  return shuffled<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(a, b);
+#if NATTEN_VECTOR_BYTES == 64  // of shuffled() g++ 12 makes loads into registers and shuffles: qk took 2 % longer
+  __m512 v = _mm512_castps128_ps512((__m128)load_four(row[0] + at));
+  v = _mm512_insertf32x4(v, (__m128)load_four(row[1] + at), 1);
+  v = _mm512_insertf32x4(v, (__m128)load_four(row[2] + at), 2);
+  return (Vector<float>)_mm512_insertf32x4(v, (__m128)load_four(row[3] + at), 3);
 #elif NATTEN_VECTOR_BYTES == 32
-  return shuffled<0, 1, 2, 3, 4, 5, 6, 7>(load_four(row[0] + at), load_four(row[1] + at));
+  return (Vector<float>)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)load_four(row[0] + at)), (__m128)load_four(row[1] + at), 1);
 #else
   return load_four(row[0] + at);
 #endif
