@@ -114,7 +114,7 @@ def _let_weights_replace_logits(weighted_sum: Any) -> None:
     The last step of a softmax reads exponentials, which earlier steps leave in a small buffer. Here it looks at the logits
     as well, so that there is one tensor of the size of the attention less. Logits, softmax and sums of 224x224 take 0.88 to
     1.00 of the time, and, which all caches hold, of 56x56 1.13 to 1.19: with a window of 7 a row of slots ends within a
-    vector, and AVX-512 waits for its store before it loads the next row; with one of 8 they take 0.96 to 1.00.
+    vector, and AVX-512 waits for its store before it loads the next row; with one of 8 they take 0.90 to 1.00.
     python -m bench.halves places
     """
     between, shape = [weighted_sum.args[0]], weighted_sum.args[0].meta["val"].shape
