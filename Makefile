@@ -32,8 +32,10 @@ torch_found := $$($(PY) -c "import importlib.metadata as m; print(m.version('tor
 demo: build
 	$(PY) examples/demo.py
 
+# A file's tests stay together: they share what is compiled.
+in_parallel := -n auto --maxprocesses 4 --dist loadfile
 test: build lint
-	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(PY) -m pytest -q $(in_parallel)
 
 test-slow: build
 	$(PY) -m pytest -q -m slow
@@ -45,9 +47,9 @@ test-torch: $(ready)
 	rm -rf build/wheel
 	$(pip) wheel -q --no-deps --no-build-isolation -w build/wheel .
 	test -d "$(TORCH_ENV)" || { $(PYTHON) -m venv "$(TORCH_ENV)" && \
-	"$(TORCH_ENV)/bin/python" -m pip --no-input install -q $(PIP_ARGS) "$(TORCH)" numpy pytest hypothesis expecttest; }
+	"$(TORCH_ENV)/bin/python" -m pip --no-input install -q $(PIP_ARGS) "$(TORCH)" numpy pytest pytest-xdist hypothesis expecttest; }
 	"$(TORCH_ENV)/bin/python" -m pip --no-input install -q --no-deps --force-reinstall build/wheel/*.whl
-	cd tests && "$(abspath $(TORCH_ENV))/bin/pytest" -q -p no:cacheprovider $(addprefix --ignore=test_,$(addsuffix .py,bench demo layout packaging portable)) $(TESTS)
+	cd tests && "$(abspath $(TORCH_ENV))/bin/pytest" -q -p no:cacheprovider $(in_parallel) $(addprefix --ignore=test_,$(addsuffix .py,bench demo layout packaging portable)) $(TESTS)
 
 # An environment for each version of transformers; it sees what the building environment has installed.
 TRANSFORMERS ?= 4.57.6 4.53.3
