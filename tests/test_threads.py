@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Concurrency changes no bit: Python threads, forked DataLoader workers, and any number of torch threads."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -91,9 +93,6 @@ def test_the_first_call_of_a_process_may_come_from_many_threads():
         "[t.start() for t in threads], [t.join() for t in threads]\n"
         "assert len(got) == 4 and all(torch.equal(got[0], g) for g in got)\n"
     )
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -108,10 +107,21 @@ class Attended(Dataset):
         return results(list(PROBLEMS.values())[index % 3], seed=index)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_data_loader_workers_give_the_same_bits(context):
+def check_workers(context):
     dataset = Attended()
     want = [dataset[index] for index in range(len(dataset))]  # the parent has run its thread pool before the fork
     loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=context, timeout=90)
     for have, goal in zip(loader, want, strict=True):
         assert_same(have, goal)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_data_loader_workers_give_the_same_bits(context):
+    """In a process of its own: torch forks no more once its autograd has had threads for devices, as other tests may start."""
+    done = subprocess.run([sys.executable, __file__, context], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    check_workers(sys.argv[1])
