@@ -70,7 +70,7 @@ template <int KIND, class A> NATTEN_INLINE Vector<A> fetch(const A* at, Index<A>
   }
 }
 
-// g++ 12 reads a vector again for each product with it, and reads across cache lines take twice as long: qk took 4 % longer.
+// g++ 12 reads a vector again for each product with it; reads across cache lines are slow.
 template <class V> NATTEN_INLINE void keep_in_register(V& v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));

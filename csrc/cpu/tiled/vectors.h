@@ -58,7 +58,7 @@ NATTEN_INLINE Quad load_four(const float16* p) {
 }
 // Four elements of each of kLanes / 4 rows, one row per 128-bit part.
 template <class T> NATTEN_INLINE Vector<float> load_parts(const T* const* row, int64_t at) {
-#if NATTEN_VECTOR_BYTES == 64  // of shuffled() g++ 12 makes loads into registers and shuffles: qk took 2 % longer
+#if NATTEN_VECTOR_BYTES == 64  // of shuffled() g++ 12 makes loads into registers, then shuffles of them
   __m512 v = _mm512_castps128_ps512((__m128)load_four(row[0] + at));
   v = _mm512_insertf32x4(v, (__m128)load_four(row[1] + at), 1);
   v = _mm512_insertf32x4(v, (__m128)load_four(row[2] + at), 2);
