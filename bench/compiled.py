@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What torch.compile makes of attention with its neighbours: our lowering, extern calls alone, and eager.
 
-python -m bench.compiled neighbours     RoPE -> na2d -> gate, residual, one call
+python -m bench.compiled neighbours     RoPE -> na2d -> gate, residual, one call; and its training step
 python -m bench.compiled keys           what rotating the keys (a kernel of its own) or the queries (inside) adds to it
-python -m bench.compiled backward       what a gate and rotations around the attention add to its backward, which is a call
+python -m bench.compiled backward       what a gate, or rotated queries and keys, add to its backward, which is a call
 python -m bench.compiled model          twelve blocks: inference and training, time to compile
 python -m bench.compiled memory         peak memory of a training step of the same blocks (Linux)
 """
@@ -11,9 +11,11 @@ python -m bench.compiled memory         peak memory of a training step of the sa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import gc
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -102,7 +104,7 @@ def compiled(
         return run
     with (
         mock.patch.object(fused, "why_not_template", lambda *_: "the bench asked"),
-        mock.patch.object(rotary, "rewriting", lambda _: None),
+        mock.patch.object(rotary, "rewriting", lambda *_: None),
     ):
         use(run)
     return run
@@ -134,9 +136,15 @@ def neighbours(rounds: int) -> Iterator[str]:
         tensors = torch.randn(5, 1, size, size, 4, dim).unbind()
         angles = torch.randn(2, size, size, 1, dim).unbind()
         call = (*tensors, window, *angles)
+        yield f"{size}x{size}, head dim {dim}, window {window}: template takes"
         with torch.no_grad():
-            functions = ways(step, lambda way, call=call: way(*call))
-            yield f"{size}x{size}, head dim {dim}, window {window}: template takes " + ratios(functions, rounds)
+            yield "  " + ratios(ways(step, lambda way, call=call: way(*call)), rounds)
+        leaves = [t.requires_grad_() for t in tensors]
+
+        def train(way: Callable[..., Tensor], call: Any = call, leaves: list[Tensor] = leaves) -> Any:
+            return torch.autograd.grad(way(*call).sum(), leaves)
+
+        yield "  training: " + ratios(ways(step, train), rounds)
 
 
 # What makes tokens of them, from cheap to dear.
@@ -204,14 +212,19 @@ def keys_of(shape: tuple[int, ...], dim: int, window: int, rounds: int) -> Itera
 
 
 def backward(rounds: int) -> Iterator[str]:
+    from natten_ops.lowerings import rotary
+
     def bare(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, window: int, *angles: Tensor) -> Tensor:
         return natten_ops.na2d(q, k, v, kernel_size=window)
 
     def gated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, window: int, *angles: Tensor) -> Tensor:
         return bare(q, k, v, gate, window) * torch.sigmoid(gate)
 
-    def rotated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, window: int, *angles: Tensor) -> Tensor:
-        return bare(rope(q, *angles), k, v, gate, window)
+    def halves(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, window: int, *angles: Tensor) -> Tensor:
+        return bare(rope(q, *angles), rope(k, *angles), v, gate, window)
+
+    def pairs(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, window: int, *angles: Tensor) -> Tensor:
+        return bare(rope_of_pairs(q, *angles), rope_of_pairs(k, *angles), v, gate, window)
 
     def of_gate(grad: Tensor, out: Tensor, gate: Tensor) -> Tensor:
         share = torch.sigmoid(gate)
@@ -225,26 +238,28 @@ def backward(rounds: int) -> Iterator[str]:
         tensors = torch.randn(4, 1, size, size, 4, dim).unbind()
         angles = torch.randn(2, size, size, 1, dim).unbind()
         functions = {}
-        for function in (bare, gated, rotated):
+        for function, rewritten in ((bare, True), (gated, True), *itertools.product((halves, pairs), (True, False))):
             leaves = [t.clone().requires_grad_() for t in tensors]
-            out = torch.compile(function, fullgraph=True, dynamic=False, backend=own_backend())(
-                *leaves, window, *angles
-            )
-            wanted = leaves if function is gated else leaves[:3]
-            grad = torch.randn_like(out)
-            functions[function.__name__] = functools.partial(torch.autograd.grad, out, wanted, grad, retain_graph=True)
+            torch._dynamo.reset()
+            with contextlib.nullcontext() if rewritten else mock.patch.object(rotary, "rewriting", lambda *_: None):
+                run = torch.compile(function, fullgraph=True, dynamic=False, backend=own_backend())
+                out = run(*leaves, window, *angles)
+                wanted = leaves if function is gated else leaves[:3]
+                call = functools.partial(torch.autograd.grad, out, wanted, torch.randn_like(out), retain_graph=True)
+                call()
+            functions[function.__name__ + ("" if rewritten else ", torch's own")] = call
         with torch.no_grad():
             for kernel in (of_gate, of_both):
                 call = torch.compile(kernel, fullgraph=True, dynamic=False, backend=own_backend())
                 call(*tensors[:3])
                 functions[kernel.__name__] = functools.partial(call, *tensors[:3])
         times = interleave(functions, rounds, block_seconds=0.1)
-        gate, rotation = (1 - median_ratio(times["bare"], times[name]) for name in ("gated", "rotated"))
         one, two = (median_ratio(times[name], times["gated"]) for name in ("of_gate", "of_both"))
-        yield (
-            f"{size}x{size}, head dim {dim}, window {window}: of the backward a gate takes {gate:.3f} (its own gradient {one:.3f}, "
-            f"with that of the output {two:.3f}), the queries' rotation {rotation:.3f}"
-        )
+        adds = {name: median_ratio(times[name], times["bare"]) - 1 for name in functions if name not in ("bare", "of_gate", "of_both")}
+        yield f"{size}x{size}, head dim {dim}, window {window}: to the backward adds"
+        yield f"  a gate: {adds.pop('gated'):.3f} (of which its own gradient takes {one:.3f}, with that of the output {two:.3f})"
+        for name, share in adds.items():
+            yield f"  rotated queries and keys, {name}: {share:.3f}"
 
 
 def twelve_blocks(rounds: int) -> Iterator[str]:

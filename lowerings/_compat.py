@@ -10,6 +10,7 @@ from torch._inductor.codegen.cpp import get_export_declaration
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import parse_expr_with_index_symbols
 from torch._inductor.codegen.cpp_utils import LocalBufferContext, cexpr_index
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.lowering import empty_strided
 from torch._inductor.select_algorithm import ExternKernelChoice, autotune_select_algorithm
 from torch._inductor.utils import parallel_num_threads
@@ -17,7 +18,7 @@ from torch._inductor.virtualized import V
 
 __all__ = [
     "CppTemplate", "ExternKernelChoice", "LocalBufferContext", "V", "cexpr_index", "empty_strided", "get_export_declaration", "hints", "ir",
-    "parallel_num_threads", "parse_expr_with_index_symbols", "select",
+    "parallel_num_threads", "parse_expr_with_index_symbols", "pick_vec_isa", "select",
 ]  # fmt: skip
 
 

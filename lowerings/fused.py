@@ -242,8 +242,17 @@ def replace_node(node: Any, function: Callable[..., Any], arguments: list[Any]) 
     with node.graph.inserting_before(node):
         result = node.graph.graph_copy(traced.graph, dict(zip(places, arguments)))
     node.replace_all_uses_with(result)
-    node.graph.erase_node(node)
+    erase_unused(node)
     return result
+
+
+def erase_unused(node: Any) -> None:
+    """The node and what only it used: dead calls would be made, and a dead reader would have tokens written to memory."""
+    if isinstance(node, torch.fx.Node) and node.op == "call_function" and not node.users:
+        sources = node.all_input_nodes
+        node.graph.erase_node(node)
+        for source in sources:
+            erase_unused(source)
 
 
 def register() -> None:

@@ -20,7 +20,7 @@ from torch._inductor.pattern_matcher import CallFunctionVarArgs, Match, register
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from natten_ops.lowerings._compat import ir
-from natten_ops.lowerings.fused import FORWARD, replace_node
+from natten_ops.lowerings.fused import FORWARD, erase_unused, replace_node
 from natten_ops.ops.unfused_arguments import av_backward_op, av_op, qk_backward_op, qk_op
 
 _ATEN, _PRIMS = torch.ops.aten, torch.ops.prims
@@ -104,7 +104,7 @@ def _spare_the_way_back(heads_first: Any) -> None:
         for copy in list(back.users):
             if _is(copy, _ATEN.clone.default) and copy.kwargs.get("memory_format") is torch.contiguous_format:
                 copy.replace_all_uses_with(heads_last)
-                _erase_unused(copy)
+                erase_unused(copy)
                 return
 
 
@@ -140,15 +140,6 @@ def _has_shape(node: Any, shape: Any) -> bool:
     return all(statically_known_true(size == wanted) for size, wanted in zip(tensor.shape, shape))
 
 
-def _erase_unused(node: Any) -> None:
-    """The node and what only it used: a dead reader of the query would have Inductor write the query to memory."""
-    if isinstance(node, torch.fx.Node) and node.op == "call_function" and not node.users:
-        sources = node.all_input_nodes
-        node.graph.erase_node(node)
-        for source in sources:
-            _erase_unused(source)
-
-
 def _extern(op: Any) -> Any:
     """A call of the eager kernel, which reads views in place; Inductor's own fallback copies them."""
     call = fallback_handler(op, add_to_fallback_set=False)
@@ -182,7 +173,5 @@ def register() -> None:
         ]
         tokens = [*scores.args[:2], weighted_sum.args[1], *(node for node in extras if node is not None)]
         windows, has_rpb = scores.args[2:6], extras[0] is not None
-        weights = weighted_sum.args[0]
         heads_first = replace_node(weighted_sum, lambda *given: fused(*given, windows=windows, has_rpb=has_rpb), tokens)
-        _erase_unused(weights)
         _spare_the_way_back(heads_first)

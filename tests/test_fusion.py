@@ -203,62 +203,6 @@ def test_what_follows(name):
     assert found() == (1, epilogues)
 
 
-def test_rotary_embeddings_in_every_spelling():
-    """Queries are rotated where they are packed: a kernel each, no concatenation."""
-    q, k, v = image(3, dim=32)
-    cosine, sine = torch.randn(2, 2, 9, 12, 1, 16).unbind()
-
-    def rotate(x):
-        first, second = x.chunk(2, -1)
-        return torch.cat([-second, first], -1)
-
-    def products(x, first, second, join):
-        return join([first * cosine - second * sine, second * cosine + first * sine])
-
-    spellings = [
-        lambda x: x * torch.cat([cosine, cosine], -1) + rotate(x) * torch.cat([sine, sine], -1),
-        lambda x: products(x, x[..., :16], x[..., 16:], lambda parts: torch.cat(parts, -1)),
-        lambda x: products(x, x[..., ::2], x[..., 1::2], lambda parts: torch.stack(parts, -1).flatten(-2)),
-    ]
-    (source,) = compile_and_compare(
-        lambda q, k, v: [natten_ops.na2d(spell(q), k, v, kernel_size=3) for spell in spellings], q, k, v
-    )
-    assert (
-        found() == (3, 0) and source.count("= empty_strided_cpu(") == 3
-    )  # the outputs: tables are joined in place too
-
-
-def test_rotary_embeddings_of_keys_and_in_complex_numbers():
-    """Keys are rotated where they are packed, as queries are; complex products are real ones."""
-    q, k, v = image(3, dim=32)
-    cosine, sine = torch.randn(2, 2, 9, 12, 1, 16).unbind()
-    table = torch.complex(cosine, sine)
-
-    def halves(x):
-        first, second = x.chunk(2, -1)
-        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
-
-    def pairs(x):
-        turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table
-        return torch.view_as_real(turned).flatten(-2).type_as(x)
-
-    def other_way(x):
-        return torch.view_as_real(table * torch.view_as_complex(x.unflatten(-1, (-1, 2)))).flatten(-2)
-
-    for rotate in (halves, pairs, other_way):
-        (source,) = compile_and_compare(
-            lambda q, k, v, rotate=rotate: natten_ops.na2d(rotate(q), rotate(k), v, kernel_size=3), q, k, v
-        )
-        steps = skeleton(source).splitlines()
-        kinds = ["new" if step.startswith("new float32 [2, 9, 12, 4") else step for step in steps]
-        assert kinds == ["new", "attention and its neighbours"]  # the result
-    trained = [t.requires_grad_() for t in (q, k, v)]
-    attend = torch.compile(lambda q, k, v: natten_ops.na2d(pairs(q), pairs(k), v, kernel_size=3).sin().sum())
-    want = natten_ops.na2d(pairs(q), pairs(k), v, kernel_size=3).sin().sum()
-    for have, truth in zip(torch.autograd.grad(attend(q, k, v), trained), torch.autograd.grad(want, trained)):
-        torch.testing.assert_close(have, truth, atol=1e-4, rtol=1e-4)
-
-
 def test_both_outputs_with_what_follows_each():
     q, k, v, g = image(4)
 

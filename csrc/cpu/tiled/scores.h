@@ -91,6 +91,7 @@ void score_block(const A* const* query, const A* keys, int64_t pitch, const Lane
   const int64_t apart = map.base1 - map.base;
   const Index<A> index = map.index;
   const A* k = keys + map.base;
+#pragma GCC unroll 2  // na_qk takes 0.93 of the time, the fused forward 0.98; 4 gives no more
   for (int64_t d = 0; d < dim; ++d, k += pitch) {
     Vector<A> a[R];
 #pragma GCC unroll 8
