@@ -255,7 +255,11 @@ def backward(rounds: int) -> Iterator[str]:
                 functions[kernel.__name__] = functools.partial(call, *tensors[:3])
         times = interleave(functions, rounds, block_seconds=0.1)
         one, two = (median_ratio(times[name], times["gated"]) for name in ("of_gate", "of_both"))
-        adds = {name: median_ratio(times[name], times["bare"]) - 1 for name in functions if name not in ("bare", "of_gate", "of_both")}
+        adds = {
+            name: median_ratio(times[name], times["bare"]) - 1
+            for name in functions
+            if name not in ("bare", "of_gate", "of_both")
+        }
         yield f"{size}x{size}, head dim {dim}, window {window}: to the backward adds"
         yield f"  a gate: {adds.pop('gated'):.3f} (of which its own gradient takes {one:.3f}, with that of the output {two:.3f})"
         for name, share in adds.items():

@@ -12,13 +12,14 @@ from pathlib import Path
 from natten_ops._library import library_path
 
 # Loops are written for the contraction of a * b + c, which Inductor's flags forbid (15-18 % of the time without), and
-# -march=native tunes for the machine at hand, which costs 12-17 % on Zen: both measured with g++ 12.
+# -march=native tunes for the machine at hand, which costs 12-17 % on Zen: both measured with g++ 12. Of clang contract(on) is
+# asked, within an expression: contract(fast) is undone by -fno-unsafe-math-optimizations, which Inductor gives too (clang 14).
 # The guard: one source may hold many kernels (cpp_wrapper, AOTInductor).
 _BEFORE = """
 #ifndef NATTEN_OPS_ENGINE
 #define NATTEN_OPS_ENGINE
 #if defined(__clang__)
-#pragma clang fp contract(fast)
+#pragma clang fp contract(on)
 #else
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=fast,no-math-errno")

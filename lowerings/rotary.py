@@ -118,7 +118,11 @@ def _alone(
     zeros: Any, part: Any, dim: int = 0, start: Any = 0, _end: Any = None, step: int = 1
 ) -> tuple[Callable[..., Any], list[Any]] | None:
     """The scatter of a half, or of every other element, of the last dimension into zeros."""
-    if zeros.target is not _ATEN.full.default or zeros.args[1] != 0 or zeros.meta["val"].dtype != part.meta["val"].dtype:
+    if (
+        zeros.target is not _ATEN.full.default
+        or zeros.args[1] != 0
+        or zeros.meta["val"].dtype != part.meta["val"].dtype
+    ):
         return None
     whole, some = (node.meta["val"].shape for node in (zeros, part))
     if dim not in (-1, len(whole) - 1) or isinstance(whole[-1], torch.SymInt) or 2 * some[-1] != whole[-1]:

@@ -2,6 +2,7 @@
 """What tests of the compiler share: a compilation of their own, its sources, and what was made of them."""
 
 import re
+import subprocess
 
 import pytest
 import torch
@@ -40,6 +41,12 @@ def rope(x, cosine, sine):
 
 def image(*more, rows=9, columns=12, heads=4, dim=16):
     return torch.randn(*more, 2, rows, columns, heads, dim).unbind()
+
+
+def contractions_of(library):
+    """How many instructions multiply and add."""
+    code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
+    return len(re.findall(r"vfn?madd|fmla", code))
 
 
 def skeleton(source):

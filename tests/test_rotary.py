@@ -66,7 +66,9 @@ def test_rotary_embeddings_of_keys_and_in_complex_numbers():
 
 
 ROTATIONS = {  # gradients: a concatenation of halves; scatters of halves; of every other element
-    "chunks": lambda x, c, s: x * torch.cat([c, c], -1) + torch.cat([-x[..., 16:], x[..., :16]], -1) * torch.cat([s, s], -1),
+    "chunks": lambda x, c, s: (
+        x * torch.cat([c, c], -1) + torch.cat([-x[..., 16:], x[..., :16]], -1) * torch.cat([s, s], -1)
+    ),
     "slices": lambda x, c, s: torch.cat([x[..., :16] * c - x[..., 16:] * s, x[..., 16:] * c + x[..., :16] * s], -1),
     "pairs": lambda x, c, s: torch.stack(
         [x[..., ::2] * c - x[..., 1::2] * s, x[..., 1::2] * c + x[..., ::2] * s], -1
