@@ -234,7 +234,10 @@ def backward(rounds: int) -> Iterator[str]:
         return of_gate(grad, out, gate), grad * torch.sigmoid(gate)
 
     torch._functorch.config.donated_buffer = False  # the same outputs are differentiated again and again
-    for option in (-1, -3):  # glibc keeps what is freed, up to 32 MB: pages are fetched anew for some ways and not for others
+    for option in (
+        -1,
+        -3,
+    ):  # glibc keeps what is freed, up to 32 MB: pages are fetched anew for some ways and not for others
         ctypes.CDLL("libc.so.6").mallopt(option, 32 << 20)
     for size, dim, window in ((56, 32, 7), (112, 32, 7), (32, 64, 13)):
         tensors = torch.randn(4, 1, size, size, 4, dim).unbind()
