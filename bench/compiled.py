@@ -3,7 +3,7 @@
 
 python -m bench.compiled neighbours     RoPE -> na2d -> gate, residual, one call; and its training step
 python -m bench.compiled keys           what rotating the keys (a kernel of its own) or the queries (inside) adds to it
-python -m bench.compiled backward       what a gate, or rotated queries and keys, add to its backward, which is a call
+python -m bench.compiled backward       what a gate, or rotated queries and keys, add to its backward, a call (Linux)
 python -m bench.compiled model          twelve blocks: inference and training, time to compile
 python -m bench.compiled memory         peak memory of a training step of the same blocks (Linux)
 """
@@ -211,6 +211,13 @@ def keys_of(shape: tuple[int, ...], dim: int, window: int, rounds: int) -> Itera
         yield f"  {name}{facts[name]}: {median_ratio(times[name], times['neither']) - 1:.3f}"
 
 
+def keep_freed_memory() -> None:
+    """Up to 32 MB of it, by glibc; else some ways fetch new pages at every call, and others do not."""
+    trim_threshold, mmap_threshold = -1, -3
+    for option in (trim_threshold, mmap_threshold):
+        ctypes.CDLL("libc.so.6").mallopt(option, 32 << 20)
+
+
 def backward(rounds: int) -> Iterator[str]:
     from natten_ops.lowerings import rotary
 
@@ -234,11 +241,7 @@ def backward(rounds: int) -> Iterator[str]:
         return of_gate(grad, out, gate), grad * torch.sigmoid(gate)
 
     torch._functorch.config.donated_buffer = False  # the same outputs are differentiated again and again
-    for option in (
-        -1,
-        -3,
-    ):  # glibc keeps what is freed, up to 32 MB: pages are fetched anew for some ways and not for others
-        ctypes.CDLL("libc.so.6").mallopt(option, 32 << 20)
+    keep_freed_memory()
     for size, dim, window in ((56, 32, 7), (112, 32, 7), (32, 64, 13)):
         tensors = torch.randn(4, 1, size, size, 4, dim).unbind()
         angles = torch.randn(2, size, size, 1, dim).unbind()
@@ -259,7 +262,7 @@ def backward(rounds: int) -> Iterator[str]:
                 call(*tensors[:3])
                 functions[kernel.__name__] = functools.partial(call, *tensors[:3])
         times = interleave(functions, rounds, block_seconds=0.1)
-        one, two = (median_ratio(times[name], times["gated"]) for name in ("of_gate", "of_both"))
+        one, two = (median_ratio(times[name], times["bare"]) for name in ("of_gate", "of_both"))
         adds = {
             name: median_ratio(times[name], times["bare"]) - 1
             for name in functions

@@ -2,7 +2,7 @@
 """The unfused ops against sgemm, against the gather that people write, and against what a compiler could make of them.
 
 python -m bench.halves ops          each op and backward: share of the sgemm rate, in useful FLOPs
-python -m bench.halves steps        logits, softmax, sums: by the ops, compiled, fused, as a compiled gather
+python -m bench.halves steps        logits, softmax, sums: by the ops, compiled, fused, as a compiled gather; and in training
 python -m bench.halves lowerings    between the halves a bias: two calls with one kernel between, or everything as loops
 python -m bench.halves places       the two calls: weights in the place of the logits, or in memory of their own
 """
@@ -70,10 +70,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, window: int, bias: Tensor 
     return natten_ops.na2d_av((logits if bias is None else logits + bias).softmax(-1), value, kernel_size=window)
 
 
+def in_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=own_backend())
+
+
 def compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     """A compilation of its own, by a first use."""
-    run = torch.compile(function, fullgraph=True, dynamic=False, backend=own_backend())
-    call = functools.partial(run, *arguments)
+    call = functools.partial(in_one_graph(function), *arguments)
     call()
     return call
 
@@ -94,6 +97,23 @@ def steps(rounds: int) -> Iterator[str]:
         times = interleave(functions, rounds)
     for name in functions:
         yield f"{name}: the compiled gather takes {median_ratio(times['compiled gather'], times[name]):.2f} times as long"
+    leaves, leaves_last = ([t.detach().requires_grad_() for t in group] for group in (tensors, heads_last))
+
+    def trained(function: Callable[..., Tensor], inputs: list[Tensor], *rest: Any) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(function(*inputs, *rest).sum(), inputs)
+
+    functions = {
+        "ops": trained(attend, leaves, window),
+        "ops, compiled": trained(in_one_graph(attend), leaves, window),
+        "fused op": trained(functools.partial(natten_ops.na2d, kernel_size=window), leaves_last),
+        "compiled gather": trained(in_one_graph(functools.partial(gather, HEADLINE)), leaves_last),
+    }
+    for step in functions.values():
+        step()
+    times = interleave(functions, rounds)
+    for name in functions:
+        ratio = median_ratio(times["compiled gather"], times[name])
+        yield f"training, {name}: the compiled gather takes {ratio:.1f} times as long"
 
 
 def as_loops(query: Tensor, key: Tensor, value: Tensor, window: int, bias: Tensor) -> Tensor:

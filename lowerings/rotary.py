@@ -4,7 +4,7 @@ on the way back.
 
 Inductor writes every concatenation to memory. Of two halves of the head dim it becomes a choice between them, element by
 element: computed where tokens are packed, or in the one kernel that writes them. The gradient of a half, or of every other
-element, is put among zeros by a scatter, of which Inductor makes scalar code: it becomes a choice too. And Inductor has no
+element, is put among zeros by a scatter, which Inductor looks up under a mask: it becomes a choice too. And Inductor has no
 code for complex numbers, so a product of complex pairs becomes the real products that it stands for.
 """
 
@@ -24,6 +24,8 @@ from natten_ops.ops.fused import backward_op
 
 _ATEN = torch.ops.aten
 _MOST_STEPS = 32  # from the attention back, or from its gradients on
+# What lies beyond a matrix product is no rotation.
+_PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default, _ATEN.convolution.default}
 
 
 def join(first: Any, second: Any) -> Any:
@@ -63,15 +65,21 @@ def _sources(tokens: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
             (node, inside and len(node.users) == 1) for node, inside in dict.fromkeys(found) if len(readers[node]) == 1
         ]
         yield from found
-        found = [(parent, inside) for node, inside in found for parent in node.all_input_nodes]
+        found = [
+            (parent, inside)
+            for node, inside in found
+            if node.target not in _PRODUCTS
+            for parent in node.all_input_nodes
+        ]
 
 
 def _made_of(gradients: Iterable[Any], width: Any) -> Iterator[tuple[Any, bool]]:
     """What is made of the gradients of tokens, all of it in memory: rows of tokens, or of the part of them that is rotated."""
     seen: dict[Any, None] = {}
     for _ in range(_MOST_STEPS):
-        gradients = [user for node in gradients for user in node.users if user not in seen]
-        seen.update(dict.fromkeys(gradients))
+        users = (user for node in gradients if node.target not in _PRODUCTS for user in node.users)
+        gradients = dict.fromkeys(user for user in users if user not in seen)
+        seen |= gradients
     for node in seen:
         tensor = node.meta.get("val")
         last = tensor.shape[-1] if isinstance(tensor, torch.Tensor) and tensor.dim() else None
@@ -81,8 +89,8 @@ def _made_of(gradients: Iterable[Any], width: Any) -> Iterator[tuple[Any, bool]]
 
 def rewriting(node: Any, inside: bool) -> tuple[Callable[..., Any], list[Any]] | None:
     """(function, nodes) to put in place of a node, or None. Of what is not computed inside the attention but written, Inductor
-    has vector code where halves are whole vectors; other halves, and pairs, it joins as fast by itself, and it leaves
-    complex products to torch, which are faster."""
+    has vector code where halves are whole vectors; other halves it joins and scatters as fast by itself, pairs it joins so,
+    and complex products it leaves to torch, which are faster."""
     if node.target is _ATEN.cat.default:
         parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         return (join, list(parts)) if _are_halves(parts, dim) and (inside or _are_vectors(parts[0])) else None
@@ -105,40 +113,44 @@ def _are_halves(parts: Any, dim: Any) -> bool:
     first, second = (part.meta["val"] for part in parts)
     if dim not in (-1, first.dim() - 1) or any(isinstance(t.shape[-1], torch.SymInt) for t in (first, second)):
         return False
-    return bool(first.shape == second.shape and first.dtype == second.dtype)
+    return bool(first.shape == second.shape and first.dtype == second.dtype and first.is_floating_point())
 
 
 def _are_vectors(half: Any) -> bool:
-    """Whether halves begin where Inductor's vectors do."""
-    isa = pick_vec_isa()
-    return bool(isa) and half.meta["val"].shape[-1] % isa.nelements(torch.float) == 0
+    """Whether halves begin where Inductor's vectors do, which have more elements if all have 16 bits."""
+    isa, tensor = pick_vec_isa(), half.meta["val"]
+    dtype = tensor.dtype if tensor.dtype.itemsize == 2 else torch.float
+    return bool(isa) and tensor.shape[-1] % isa.nelements(dtype) == 0
 
 
 def _alone(
     zeros: Any, part: Any, dim: int = 0, start: Any = 0, _end: Any = None, step: int = 1
 ) -> tuple[Callable[..., Any], list[Any]] | None:
     """The scatter of a half, or of every other element, of the last dimension into zeros."""
-    if (
-        zeros.target is not _ATEN.full.default
-        or zeros.args[1] != 0
-        or zeros.meta["val"].dtype != part.meta["val"].dtype
-    ):
+    whole, some = (node.meta["val"] for node in (zeros, part))
+    if zeros.target is not _ATEN.full.default or zeros.args[1] != 0:
         return None
-    whole, some = (node.meta["val"].shape for node in (zeros, part))
-    if dim not in (-1, len(whole) - 1) or isinstance(whole[-1], torch.SymInt) or 2 * some[-1] != whole[-1]:
+    if whole.dtype != some.dtype or not some.is_floating_point() or dim not in (-1, whole.dim() - 1):
+        return None
+    if isinstance(whole.shape[-1], torch.SymInt) or 2 * some.shape[-1] != whole.shape[-1]:
         return None
     if step == 2 and start in (0, 1):
         return functools.partial(every_other_alone, which=start), [part]
-    if step == 1 and start in (0, some[-1]) and _are_vectors(part):
+    if step == 1 and start in (0, some.shape[-1]) and _are_vectors(part):
         return functools.partial(half_alone, which=int(start > 0)), [part]
     return None
 
 
 def _rewrite(nodes: Iterable[tuple[Any, bool]]) -> None:
-    for node, inside in dict(nodes).items():
-        found = rewriting(node, inside)  # looked up anew: bench.compiled takes it away
-        if found is not None:
-            replace_node(node, *found)
+    """All of them; but of what is written no choice within a choice (a rotated half), which would be scalar code."""
+    places = dict(nodes)
+    ways = {
+        node: rewriting(node, inside) for node, inside in places.items()
+    }  # looked up anew: bench.compiled takes it away
+    widths = {node.meta["val"].shape[-1] for node, way in ways.items() if way is not None and not places[node]}
+    for node, way in ways.items():
+        if way is not None and (places[node] or len(widths) == 1):
+            replace_node(node, *way)
 
 
 def register() -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Rotary embeddings in their spellings: rotated where tokens are packed, and turned back by one kernel."""
 
+import time
+
 import pytest
 import torch
 from compiling import compile_and_compare, found, fresh_compiler, image, skeleton  # noqa: F401 (a fixture)
@@ -65,21 +67,30 @@ def test_rotary_embeddings_of_keys_and_in_complex_numbers():
         torch.testing.assert_close(have, truth, atol=1e-4, rtol=1e-4)
 
 
+def turned(x):
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+def in_halves(x, c, s):
+    return torch.cat([x[..., :16] * c - x[..., 16:] * s, x[..., 16:] * c + x[..., :16] * s], -1)
+
+
+def in_pairs(x, c, s):
+    return torch.stack([x[..., ::2] * c - x[..., 1::2] * s, x[..., 1::2] * c + x[..., ::2] * s], -1).flatten(-2)
+
+
 ROTATIONS = {  # gradients: a concatenation of halves; scatters of halves; of every other element
-    "chunks": lambda x, c, s: (
-        x * torch.cat([c, c], -1) + torch.cat([-x[..., 16:], x[..., :16]], -1) * torch.cat([s, s], -1)
-    ),
-    "slices": lambda x, c, s: torch.cat([x[..., :16] * c - x[..., 16:] * s, x[..., 16:] * c + x[..., :16] * s], -1),
-    "pairs": lambda x, c, s: torch.stack(
-        [x[..., ::2] * c - x[..., 1::2] * s, x[..., 1::2] * c + x[..., ::2] * s], -1
-    ).flatten(-2),
+    "chunks": lambda x, c, s: x * torch.cat([c, c], -1) + turned(x) * torch.cat([s, s], -1),
+    "slices": in_halves,
+    "pairs": in_pairs,
 }
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_gradients_of_rotated_tokens_are_one_kernel(name):
-    """Behind the call for all gradients one kernel turns those of queries and keys back, in vectors, with nothing in memory
-    between."""
+    """Behind the call for all gradients one kernel turns those of queries and keys back, of halves in vectors, with nothing in
+    memory between."""
     q, k, v = (t.requires_grad_() for t in image(3, dim=32))
     cosine, sine = torch.randn(2, 2, 9, 12, 1, 16).unbind()
 
@@ -101,3 +112,55 @@ def test_gradients_of_rotated_tokens_are_one_kernel(name):
     if name != "pairs":  # which torch joins as fast by itself
         before = forward[: forward.index("natten::Forward")]
         assert before.count("#pragma omp for") == 1 and "at::vec::Vectorized" in before
+
+
+def test_what_is_no_rotation_stays():
+    """Gradients of a rotated part and in 16 bits, where choices would be scalar code, and scatters of what is no number."""
+    cosine, sine = torch.randn(2, 2, 9, 12, 1, 16).unbind()
+
+    def loss(q, k, v, rotate):
+        return natten_ops.na2d(rotate(q), rotate(k), v, kernel_size=5).float().sin().sum()
+
+    def step(q, k, v, rotate, loss=loss):
+        return torch.autograd.grad(loss(q, k, v, rotate), (q, k, v))
+
+    def part(x):
+        return torch.cat([in_halves(x[..., :32], cosine, sine), x[..., 32:]], -1)
+
+    def rounded(x):
+        return (
+            x * torch.cat([cosine, cosine], -1).bfloat16() + turned(x) * torch.cat([sine, sine], -1).bfloat16()
+        ).bfloat16()
+
+    for rotate, dim, dtype, limit in ((part, 64, torch.float32, 1e-4), (rounded, 32, torch.bfloat16, 1e-1)):
+        q, k, v = (t.to(dtype).requires_grad_() for t in image(3, dim=dim))
+        have, (_, backward) = run_and_get_code(
+            step, q, k, v, rotate, torch.compile(loss, fullgraph=True, dynamic=False)
+        )
+        for one, other in zip(have, step(q, k, v, rotate)):
+            torch.testing.assert_close(one, other, atol=limit, rtol=limit)
+        behind = backward[backward.rindex("async_compile.cpp_pybinding") : backward.rindex("def call(")]
+        assert "at::vec::Vectorized" in behind
+
+    def scattered(q, k, v):
+        gradient = torch.func.grad(lambda q: natten_ops.na2d(q, k, v, kernel_size=3).sin().sum())(q)
+        large = torch.zeros_like(gradient, dtype=torch.bool)
+        large[..., :16] = gradient[..., :16].abs() > 0.1
+        return torch.bitwise_not(large).float()
+
+    compile_and_compare(scattered, *image(3, dim=32))
+
+
+def test_many_pieces_do_not_take_long():
+    """What is made of a gradient is looked at once, however many ways lead there."""
+
+    def pieces(q, k, v):
+        for _ in range(10):
+            q = torch.cat([part * 0.9 for part in q.chunk(8, -1)[::-1]], -1)
+        return natten_ops.na2d(q, k, v, kernel_size=3).sum()
+
+    q, k, v = (t.requires_grad_() for t in image(3, dim=16))
+    start = time.perf_counter()
+    (have,) = torch.autograd.grad(torch.compile(pieces)(q, k, v), q)
+    assert time.perf_counter() - start < 60
+    torch.testing.assert_close(have, torch.autograd.grad(pieces(q, k, v), q)[0], atol=1e-4, rtol=1e-4)
