@@ -144,11 +144,10 @@ def _alone(
 def _rewrite(nodes: Iterable[tuple[Any, bool]]) -> None:
     """All of them; but of what is written no choice within a choice (a rotated half), which would be scalar code."""
     places = dict(nodes)
-    ways = {
-        node: rewriting(node, inside) for node, inside in places.items()
-    }  # looked up anew: bench.compiled takes it away
-    widths = {node.meta["val"].shape[-1] for node, way in ways.items() if way is not None and not places[node]}
-    for node, way in ways.items():
+    chosen = [node for node, inside in places.items() if rewriting(node, inside) is not None]
+    widths = {node.meta["val"].shape[-1] for node in chosen if not places[node]}
+    for node in chosen:
+        way = rewriting(node, places[node])  # anew: what it reads may have been rewritten by now
         if way is not None and (places[node] or len(widths) == 1):
             replace_node(node, *way)
 
