@@ -95,8 +95,11 @@ def fused(query: Any, key: Any, value: Any, *extras: Any, windows: Any, has_rpb:
 def _spare_the_way_back(heads_first: Any) -> None:
     """Most models bring the output heads last again, into memory of its own: that is how the fused op has it.
 
-    One such copy is spared; a second one must not share memory with it.
+    One such copy is spared; a second one must not share memory with it. With one head, one token or no sample both orders
+    are one in memory, and there is no copy.
     """
+    if not _is(heads_first, _ATEN.clone.default):
+        return
     heads_last, dims = heads_first.args[0].args
     for back in list(heads_first.users):
         if not _is(back, _ATEN.permute.default) or [dims[i] for i in back.args[1]] != list(range(len(dims))):

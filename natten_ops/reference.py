@@ -288,6 +288,13 @@ def _gather(tokens: Tensor, index_NS: Tensor) -> Tensor:
     return tokens.index_select(1, index_NS.flatten()).unflatten(1, index_NS.shape)
 
 
+def biases_of(table: Tensor, slots: Slots) -> Tensor:
+    """Entries of a bias table by slots: [H, ...] to [H, N, S]; by reshape, which torch.autograd's own vmap knows."""
+    flat = table.reshape(table.shape[0], math.prod(table.shape[1:]))
+    entries = flat.index_select(1, slots.bias_NS.flatten())
+    return entries.reshape(table.shape[0], *slots.bias_NS.shape)
+
+
 def lift(inputs: Inputs, slots: Slots) -> Lifted:
     """Bring queries, windows of keys and values, and biases to a common shape, in the dtype of the computation."""
     dtype = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
@@ -303,9 +310,7 @@ def lift(inputs: Inputs, slots: Slots) -> Lifted:
         windows.append(window)
     bias = None
     if inputs.rpb is not None:
-        bias = (
-            inputs.rpb.to(dtype).flatten(1).index_select(1, slots.bias_NS.flatten()).unflatten(1, slots.bias_NS.shape)
-        )
+        bias = biases_of(inputs.rpb.to(dtype), slots)
         bias = bias.movedim(0, 1).unflatten(1, (heads_kv, group))
         bias = torch.nn.functional.pad(bias, (0, windows[0].shape[2] - bias.shape[-1]))
     return Lifted(query, windows[0], windows[1], bias)

@@ -73,3 +73,8 @@ def present(halves: Halves) -> list[Tensor]:
 
 def in_double(halves: Halves) -> Halves:
     return replaced(halves, [t.detach().double() for t in present(halves)])
+
+
+def both(halves: Halves, problem: Problem, module: Any) -> tuple[Tensor, Tensor]:
+    """Logits with zeros for what is not seen, and sums."""
+    return finite(qk(halves, problem, module)), av(halves, problem, module)

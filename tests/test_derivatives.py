@@ -2,6 +2,7 @@
 """Differentiation is complete: every input, both outputs, every order, every transform, eager and compiled."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -95,10 +96,16 @@ TRANSFORMS = {
     "jacfwd": lambda f: torch.func.jacfwd(f),
     "hessian": lambda f: torch.func.hessian(f),
     "jacrev(jacrev)": lambda f: torch.func.jacrev(torch.func.jacrev(f)),
+    "jvp(jvp)": lambda f: _tangent(lambda x: _tangent(f, torch.cos)(x), torch.sin),
+    "jacfwd(jacfwd)": lambda f: torch.func.jacfwd(torch.func.jacfwd(f)),
     "vmap(grad)": lambda f: lambda x: torch.vmap(torch.func.grad(f))(torch.stack([x, x.sin()])),
     "grad(vmap)": lambda f: torch.func.grad(lambda x: torch.vmap(f)(torch.stack([x, x.sin()])).sum()),
     "vmap(vmap)": lambda f: lambda x: torch.vmap(torch.vmap(f))(torch.stack([x, x.sin()])[None].expand(3, 2, *x.shape)),
 }
+
+
+def _tangent(f, direction):
+    return lambda x: torch.func.jvp(f, (x,), (direction(x),))[1]
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
@@ -117,6 +124,23 @@ def test_transforms(transform, name):
 
 def _with(function, fixed, i, x):
     return finite(function(*fixed[:i], x, *fixed[i + 1 :]))
+
+
+def test_forward_mode_of_one_input_in_forward_mode_of_another():
+    """What an op saved has a tangent of the outer level, and what its rule makes needs one."""
+    op, formula, leaves = setup("everything")
+    fixed = [t.detach() for t in leaves]
+    for i, j in itertools.permutations(range(len(fixed)), 2):
+        results = []
+        for function in (op, formula):
+
+            def outer(x, i=i, j=j, function=function):
+                return _tangent(functools.partial(_with, function, [*fixed[:i], x, *fixed[i + 1 :]], j), torch.cos)(
+                    fixed[j]
+                )
+
+            results.append(_tangent(outer, torch.sin)(fixed[i]))
+        torch.testing.assert_close(*results)
 
 
 COMPILED = ["grad", "grad(grad)", "jvp", "jvp(grad)", "vmap(grad)", "grad(vmap)"]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The unfused ops: numbers against the reference and against fused attention, every rule, every derivative."""
 
-import functools
 import math
 import os
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 import torch
 from dense import worst
 from expecttest import assert_expected_inline
-from halves import av, finite, halved, in_double, make, ops, present, qk, replaced
+from halves import av, both, halved, in_double, make, ops, present, qk, replaced
 from hypothesis import given, settings
 from samples import DTYPES, EMPTY, NAMED, Problem, problems
 from torch._subclasses import FakeTensorMode
@@ -21,16 +20,6 @@ import natten_ops
 from natten_ops import reference
 
 ALL = {**NAMED, **EMPTY}
-SMALL = {
-    "biased": Problem((4, 3), (2, 2), dilation=(2, 1), is_causal=(False, True), head_dim=2, rpb=True, additional=2),
-    "strided": Problem((5,), (3,), stride=(2,), is_causal=(True,), batch=1, head_dim=2),
-    "volume": Problem((2, 3, 2), (2, 2, 1), is_causal=(True, False, False), batch=1, heads=1, head_dim=2),
-}
-
-
-def both(halves, problem, module):
-    """Logits with zeros for what is not seen, and sums."""
-    return finite(qk(halves, problem, module)), av(halves, problem, module)
 
 
 def gradients(halves, problem, module):
@@ -216,79 +205,6 @@ def test_autocast_casts_all_but_the_bias_table(dtype):
 # ---- derivatives ---------------------------------------------------------------------------------------------------
 
 
-def attention(halves, problem, module):
-    """One number from the whole chain, nonlinear in everything."""
-    weights = qk(halves, problem, module).softmax(-1) * (1 + halves.attn.sin())
-    return av(halves._replace(attn=weights), problem, module).sin().sum()
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_gradcheck_of_both_orders_and_forward_mode(name):
-    problem = SMALL[name]
-    halves = make(problem)
-    leaves = [t.clone().requires_grad_() for t in present(halves)]
-
-    def outputs(*tensors):
-        return both(replaced(halves, tensors), problem, ops)
-
-    torch.autograd.gradcheck(outputs, leaves, check_forward_ad=True, check_batched_grad=True)
-    torch.autograd.gradgradcheck(
-        lambda *t: attention(replaced(halves, t), problem, ops), leaves, check_fwd_over_rev=True
-    )
-
-
-def test_third_derivatives():
-    problem, results = SMALL["biased"], []
-    halves = make(problem)
-    for module in (ops, reference):
-        leaves = [t.clone().requires_grad_() for t in present(halves)]
-        value = attention(replaced(halves, leaves), problem, module)
-        for _ in range(3):
-            slopes = torch.autograd.grad(value, leaves, create_graph=True)
-            value = sum(slope.sin().sum() for slope in slopes)
-        results.append(slopes)
-    for have, want in zip(*results):
-        torch.testing.assert_close(have, want)
-
-
-TRANSFORMS = {
-    "grad(grad)": lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).sin().sum()),
-    "jvp(grad)": lambda f: lambda x: torch.func.jvp(torch.func.grad(f), (x,), (x.cos(),))[1],
-    "grad(jvp)": lambda f: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (x.cos(),))[1]),
-    "jacfwd": lambda f: torch.func.jacfwd(f),
-    "hessian": lambda f: torch.func.hessian(f),
-    "vmap(grad)": lambda f: lambda x: torch.vmap(torch.func.grad(f))(torch.stack([x, x.sin()])),
-    "grad(vmap)": lambda f: torch.func.grad(lambda x: torch.vmap(f)(torch.stack([x, x.sin()])).sum()),
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_of_each_tensor_in_turn(transform):
-    problem = SMALL["biased"]
-    halves = make(problem)
-    tensors = present(halves)
-    for i, tensor in enumerate(tensors):
-
-        def scalar(module, x, i=i):
-            return attention(replaced(halves, [*tensors[:i], x, *tensors[i + 1 :]]), problem, module)
-
-        have, want = (TRANSFORMS[transform](functools.partial(scalar, m))(tensor) for m in (ops, reference))
-        torch.testing.assert_close(have, want)
-
-
-def test_vmap_of_every_combination_of_mapped_tensors():
-    problem = SMALL["biased"]
-    halves = make(problem)
-    for chosen in ((0, 1, 4), (0, 4, 5), (1, 2), (3, 6), (2, 6), (4,)):
-        stacked = [torch.stack([t, t.flip(0)], dim=1) if i in chosen else t for i, t in enumerate(halves)]
-        in_dims = tuple(1 if i in chosen else None for i in range(len(halves)))
-        have = torch.vmap(lambda *t: both(replaced(halves, t), problem, ops), in_dims=in_dims)(*stacked)
-        for n in range(2):
-            single = [t.select(1, n) if i in chosen else t for i, t in enumerate(stacked)]
-            for batched, want in zip(have, both(replaced(halves, single), problem, ops)):
-                torch.testing.assert_close(batched[n], want.expand_as(batched[n]))
-
-
 def test_compiled_with_dynamic_sizes_and_gradients():
     """One graph for all sizes, no break."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -329,10 +245,12 @@ def test_sentences():
     query = torch.randn(1, 2, 6, 8, 4)
     attn = torch.rand(1, 2, 6, 8, 9)
     qk_, av_ = natten_ops.na2d_qk, natten_ops.na2d_av
+    nine = [3, 3], [1, 1], [1, 1], [False, False]
     calls = {
         "kernel": lambda: qk_(query, query, kernel_size=9),
         "stride": lambda: qk_(query, query, kernel_size=3, stride=4),
         "float": lambda: qk_(query, query, kernel_size=3.0),
+        "numbers": lambda: qk_(query, query, kernel_size=torch.tensor([3, 3])),
         "rank": lambda: natten_ops.na1d_qk(query, query, kernel_size=3),
         "heads last": lambda: qk_(query, query.movedim(1, -2), kernel_size=3),
         "dtype": lambda: qk_(query, query.double(), kernel_size=3),
@@ -347,6 +265,7 @@ def test_sentences():
         "none": lambda: av_(attn, None, kernel_size=3),
         "sparse": lambda: av_(attn.to_sparse(), query, kernel_size=3),
         "meta": lambda: av_(attn, query.to("meta"), kernel_size=3),
+        "gradient": lambda: ops.na_av_backward(query.to("meta"), attn, query, *nine, None, [True] * 3),
         "raw": lambda: ops.na_qk(query, query, [9, 3], [1, 1], [1, 1], [False, False]),
         "raw list": lambda: ops.na_av(attn, query, [3], [1, 1], [1, 1], [False, False]),
         "raw needed": lambda: ops.na_av_backward(query, attn, query, [3, 3], [1, 1], [1, 1], [False] * 2, None, [True]),
@@ -362,6 +281,7 @@ def test_sentences():
 kernel: kernel_size[0]=9 with dilation[0]=1 spans 9 > 6 tokens on axis 0; lower one of them, or pad the grid
 stride: stride[0]=4 exceeds kernel_size[0]=3: queries between two windows would lose their own neighborhood; use a stride of 1 to 3
 float: kernel_size[0]=3.0 is a float; give an int
+numbers: kernel_size[0]=tensor([3, 3]) is a Tensor of several numbers; give an int
 rank: query has shape [1, 2, 6, 8, 4]; unfused 1-D neighborhood attention takes 4 dims, heads first: [batch, heads, axis 0, head dim]
 heads last: key has shape [1, 6, 8, 2, 4], expected [1, 2, 6, 8, 4]: the shape of query
 dtype: key has dtype torch.float64, query torch.float32; cast them to one dtype
@@ -376,6 +296,7 @@ batch: attn has shape [2, 2, 6, 8, 9], expected [1, 2, 6, 8, 9]: [batch, heads, 
 none: value is None; give a torch.Tensor
 sparse: attn is a torch.sparse_coo tensor; give a dense one: attn.to_dense()
 meta: attn is on cpu, value on meta; move them to one device
+gradient: grad is on meta, the forward's inputs on cpu; move them to one device
 raw: kernel_size[0]=9 with dilation[0]=1 spans more than the 6 tokens on axis 0
 raw list: kernel_size has 1 entries for 2 spatial axes
 raw needed: needed has 1 entries, expected 3""",  # noqa: E501

@@ -62,6 +62,19 @@ def test_additional_tokens_go_along():
     assert found()[0] == 1 and not stores_weights(source)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 8), (2, 2, 1), (0, 2, 8), (1, 1, 1)])
+def test_shapes_of_one_order_in_memory(shape):
+    """With one head, one token or no sample, heads first and heads last are one: there is no copy to spare."""
+    query, key, value = torch.randn(3, *shape, DIM).unbind()
+
+    def step(query, key, value):
+        weights = natten_ops.na1d_qk(query, key, kernel_size=1).softmax(-1)
+        return natten_ops.na1d_av(weights, value, kernel_size=1).transpose(1, 2).flatten(2) + 1
+
+    compile_and_compare(step, query, key, value)
+    assert found()[0] == (shape[0] > 0)  # of nothing there is no kernel
+
+
 def returned(query, key, value):
     weights = weights_of(query, key)
     return natten_ops.na2d_av(weights, value, **SETTINGS), weights

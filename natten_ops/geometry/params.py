@@ -202,7 +202,10 @@ def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
 def integer(name: str, value: Any) -> int:
     """The int that `value` is; a bool or a float is a TypeError."""
     check_integer(name, value)
-    return operator.index(value)
+    try:
+        return operator.index(value)
+    except TypeError:  # arrays are integers if they have one entry
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__} of several numbers; give an int") from None
 
 
 def check_integer(name: str, value: Any) -> None:

@@ -32,9 +32,11 @@ def sample_by_sample(call: Any, settings: Any, tensors: Sequence[Any], dims: Seq
     def sample(i: int) -> list[Any]:
         return [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims)]
 
-    if size == 0:  # one call on zeros tells the shapes
-        tensors = [
-            t if dim is None else t.new_zeros([*t.shape[:dim], 1, *t.shape[dim + 1 :]]) for t, dim in zip(tensors, dims)
-        ]
+    if size == 0:  # one call on zeros tells the shapes; joined to what there is, they leave the graph whole
+        tensors = [t if dim is None else torch.cat([t, _one_of_zeros(t, dim)], dim) for t, dim in zip(tensors, dims)]
     results = [call(settings, sample(i)) for i in range(max(size, 1))]
     return tuple(torch.stack(parts)[:size] for parts in zip(*results)), (0,) * len(results[0])
+
+
+def _one_of_zeros(tensor: Tensor, dim: int) -> Tensor:
+    return tensor.new_zeros([*tensor.shape[:dim], 1, *tensor.shape[dim + 1 :]])

@@ -52,6 +52,22 @@ def below_autograd(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
 
 
+def forward_rule(rule: Callable[..., Any]) -> Any:
+    """The `jvp` of an autograd.Function whose derivatives have some: rule(ctx, primals of what was saved, *tangents).
+
+    Autograd runs a `jvp` with forward mode switched off, so that in another level of it the result would silently have
+    no tangent; and what was saved brings its tangents along, of which a formula cannot have second ones.
+    """
+
+    @functools.wraps(rule)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = (None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors)
+            return rule(ctx, list(saved), *tangents[1:])  # the first is that of the settings
+
+    return staticmethod(jvp)
+
+
 def past_autograd(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call the next kernel below autograd; right where nothing records derivatives."""
     with torch._C._AutoDispatchBelowAutograd():

@@ -21,6 +21,7 @@ from natten_ops.ops._register import (
     SingleLevelFunction,
     below_autograd,
     direct,
+    forward_rule,
     no_autocast,
     past_autograd,
     records_derivatives,
@@ -212,9 +213,9 @@ class _Forward(SingleLevelFunction):
         gradients = dict(zip(GRADIENTS, _call_backward(settings, saved, telling_of_memory(lse, call))))
         return None, *(gradients[name] if wanted[name] else None for name in Inputs._fields[:-1]), None
 
-    @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-        inputs = Inputs(*ctx.saved_tensors[: len(tangents)])
+    @forward_rule
+    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
+        inputs = Inputs(*saved[: len(tangents)])
         params, box = ctx.settings.geometry()
         with no_autocast(inputs.query.device.type):
             return reference.forward_jvp(inputs, _input_tangents(inputs, tangents), params, box, ctx.settings.scale)
@@ -259,17 +260,16 @@ class _Backward(SingleLevelFunction):
         slots = [pulled.get(i) if wanted[i] else None for i in range(len(saved) - 1)]
         return None, *slots[:2], None, None, *slots[2:], None
 
-    @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+    @forward_rule
+    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
         settings, needed, _ = ctx.settings
-        saved = ctx.saved_tensors
         params, box = settings.geometry()
         inputs = Inputs(*saved[2:])
         grads_t = _zeros_for_none(saved[:2], tangents[:2])
         inputs_t = _input_tangents(inputs, tangents[4:])
         with no_autocast(inputs.query.device.type):
             result = reference.backward_jvp(
-                saved[:2], (grads_t[0], grads_t[1]), inputs, inputs_t, params, box, settings.scale
+                (saved[0], saved[1]), (grads_t[0], grads_t[1]), inputs, inputs_t, params, box, settings.scale
             )
         empty = inputs.query.new_zeros([0])
         values = [getattr(result, name) if need else None for name, need in zip(GRADIENTS, needed)]

@@ -22,6 +22,7 @@ from natten_ops.ops._register import (
     LIBRARY,
     SingleLevelFunction,
     below_autograd,
+    forward_rule,
     register_autocast,
     register_autograd,
     register_missing_cuda,
@@ -139,11 +140,10 @@ def _biases(windows: Windows, rpb: Tensor | None, query: Tensor, additional: Ten
     tokens = query.movedim(1, -2)
     inputs = reference.Inputs(tokens, tokens, tokens)
     slots = reference.window_slots(inputs, params_of(windows), None)
-    entries = rpb.to(query.dtype).flatten(1).index_select(1, slots.bias_NS.flatten()).unflatten(1, slots.bias_NS.shape)
-    entries = torch.nn.functional.pad(
-        entries.masked_fill(~slots.visible_NS, 0.0), (0, 0 if additional is None else additional.shape[2])
-    )
-    return entries.unflatten(1, query.shape[2:-1]).expand(query.shape[0], *[-1] * (query.dim() - 1))
+    entries = reference.biases_of(rpb.to(query.dtype), slots).masked_fill(~slots.visible_NS, 0.0)
+    entries = torch.nn.functional.pad(entries, (0, 0 if additional is None else additional.shape[2]))
+    entries = entries.reshape(entries.shape[0], *query.shape[2:-1], entries.shape[-1])
+    return entries.expand(query.shape[0], *[-1] * (query.dim() - 1))
 
 
 class _QK(SingleLevelFunction):
@@ -162,9 +162,9 @@ class _QK(SingleLevelFunction):
         gradients = call_qk_backward((ctx.windows, needed), [grad, *ctx.saved_tensors], telling_of_memory(grad))
         return None, *(gradient if need else None for gradient, need in zip(gradients, needed))
 
-    @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-        query, key, _, additional = ctx.saved_tensors
+    @forward_rule
+    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
+        query, key, _, additional = saved
         query_t, key_t, rpb_t, additional_t = tangents
         return _sum(
             _products(ctx.windows, query_t, key, additional),
@@ -212,9 +212,9 @@ class _QKBackward(SingleLevelFunction):
             of_additional if wants_additional else None,
         )
 
-    @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-        grad, query, key, rpb, additional = ctx.saved_tensors
+    @forward_rule
+    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
+        grad, query, key, rpb, additional = saved
         grad_t, query_t, key_t, _, additional_t = tangents
         windows, needed = ctx.settings
         first = call_qk_backward(ctx.settings, [_zeros(grad_t, grad), query, key, rpb, additional])
@@ -239,9 +239,9 @@ class _AV(SingleLevelFunction):
         gradients = call_av_backward((ctx.windows, needed), [grad, *ctx.saved_tensors], telling_of_memory(grad))
         return None, *(gradient if need else None for gradient, need in zip(gradients, needed))
 
-    @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-        attn, value, additional = ctx.saved_tensors
+    @forward_rule
+    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
+        attn, value, additional = saved
         attn_t, value_t, additional_t = tangents
         moved = _zeros(value_t, value), _zeros(additional_t, additional)
         return call_av(ctx.windows, [_zeros(attn_t, attn), value, additional]) + call_av(ctx.windows, [attn, *moved])
@@ -281,10 +281,10 @@ class _AVBackward(SingleLevelFunction):
             of_additional if wants_additional else None,
         )
 
-    @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-        grad, attn, value, additional = ctx.saved_tensors
-        grad_t, *rest_t = (_zeros(t, primal) for t, primal in zip(tangents, ctx.saved_tensors))
+    @forward_rule
+    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
+        grad, attn, value, additional = saved
+        grad_t, *rest_t = (_zeros(t, primal) for t, primal in zip(tangents, saved))
         first = call_av_backward(ctx.settings, [grad_t, attn, value, additional])
         second = call_av_backward(ctx.settings, [grad, *rest_t])
         return tuple(a + b for a, b in zip(first, second))

@@ -104,10 +104,12 @@ def slots_shape(tokens: Tensor, params: NAParams, additional: Tensor | None) -> 
     return (*tokens.shape[:-1], math.prod(params.kernel_size) + extra)
 
 
-def check_gradient(name: str, gradient: Tensor, like: Sequence[Any], dtype_of: Tensor) -> None:
+def check_gradient(name: str, gradient: Tensor, like: Sequence[Any], inputs: Tensor) -> None:
     """The backward ops' own arguments: as the forward's outputs."""
+    named = [("the forward's inputs", inputs), (name, gradient)]
+    check_kinds(named, required=2)
     expect(name, gradient, tuple(like), "as in the forward's output")
-    check_dtypes_of([("the forward's inputs", dtype_of), (name, gradient)])
+    check_dtypes_of(named)
 
 
 def check_needed(needed: Sequence[bool], names: Sequence[str]) -> None:
