@@ -240,8 +240,8 @@ def _shapes(**given: Sequence[int]) -> list[tuple[int, ...]]:
             raise ValueError(f"{name}={shape} has {len(shape)} dims; give 4 to 6: batch, 1 to 3 axes, heads, dim")
         if shapes and len(shape) != len(shapes[0]):
             raise ValueError(f"{name}={shape} has {len(shape)} dims, {next(iter(given))} {len(shapes[0])}; give equal")
-        if min(shape) < 0:
-            raise ValueError(f"{name}={shape} has a size of {min(shape)}; give at least 0")
+        if min(shape) < 0 or (not shapes and shape[-1] == 0):  # the first is of queries or weights, which have a dim
+            raise ValueError(f"{name}={shape} has a size of {min(shape)}; give at least 0, and 1 as the last")
         shapes.append(shape)
     return shapes
 

@@ -357,6 +357,7 @@ MISTAKES = [
     (FUSED, {"q_shape": (6, 8, 4)}, ValueError, r"q_shape=\(6, 8, 4\) has 3 dims; give 4 to 6"),
     (FUSED, {"k_shape": (1, 6, 4, 16)}, ValueError, r"k_shape=\(1, 6, 4, 16\) has 4 dims, q_shape 5"),
     (FUSED, {"q_shape": (-1, 6, 8, 4, 16)}, ValueError, r"q_shape=.* has a size of -1; give at least 0"),
+    (FUSED, {"q_shape": (1, 6, 8, 4, 0)}, ValueError, r"q_shape=.* has a size of 0; give .* 1 as the last"),
     (FUSED, {"k_shape": (1, 6, 7, 2, 16)}, ValueError, r"k_shape\[2\]=7 and q_shape\[2\]=8 must be equal"),
     (FUSED, {"k_shape": (1, 6, 8, 2, 15)}, ValueError, r"k_shape\[4\]=15 and q_shape\[4\]=16 must be equal"),
     (FUSED, {"v_shape": (1, 6, 8, 4, 16)}, ValueError, r"v_shape\[3\]=4 and k_shape\[3\]=2 must be equal"),

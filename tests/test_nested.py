@@ -197,6 +197,31 @@ def test_autocast_of_lines():
 # ---- strided grids --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("more", [{}, {"attn_drop": 1e-9}, {"return_attention": True}])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_modules_take_lines(kv_heads, more):
+    """The samples one by one, their gradients too; torch 2.13's own split of lines crashed in the backward."""
+    looking = {name: value for name, value in more.items() if name == "return_attention"}
+    dropping = {name: value for name, value in more.items() if name == "attn_drop"}
+    torch.manual_seed(0)
+    module = natten_ops.nn.NeighborhoodAttention1D(
+        16, 4, 3, num_kv_heads=kv_heads, rel_pos_bias=True, **dropping, dtype=torch.float64
+    )
+    x = lines(draw(21, 16), offsets_of([9, 5, 7])).requires_grad_()
+    samples = [sample.detach().requires_grad_() for sample in x.unbind()]
+    have = module(x, **looking)
+    want = [module(sample[None], **looking) for sample in samples]
+    if looking:
+        maps = torch.cat([weights[0].transpose(0, 1) for _, weights in want])
+        torch.testing.assert_close(have[1].transpose(1, 2).values(), maps)
+        have, want = have[0], [out for out, _ in want]
+    torch.testing.assert_close(have.values(), torch.cat(want, 1)[0])
+    of_x, *gradients = torch.autograd.grad(have.values().sin().sum(), [x, *module.parameters()])
+    of_samples = torch.autograd.grad(sum(out.sin().sum() for out in want), [*samples, *module.parameters()])
+    torch.testing.assert_close(of_x.values(), torch.cat(of_samples[:3]))
+    torch.testing.assert_close(gradients, list(of_samples[3:]))
+
+
 @pytest.mark.parametrize("rank", [2, 3])
 def test_grids_of_different_sizes(rank):
     function = getattr(natten_ops, f"na{rank}d")
@@ -212,6 +237,19 @@ def test_grids_of_different_sizes(rank):
         assert torch.equal(out.unbind()[i], want[0]) and torch.equal(lse.unbind()[i], want_lse[0])
         for tensor, slope in zip(have, torch.autograd.grad(want.sin().sum(), sample)):
             torch.testing.assert_close(tensor.unbind()[i], slope)
+
+
+def with_holes(query):
+    lengths = query.offsets().diff() - 1
+    return torch.nested.nested_tensor_from_jagged(query.values(), offsets=query.offsets(), lengths=lengths)
+
+
+def test_offsets_that_do_not_lie_side_by_side():
+    query = draw(21, 2, 8)
+    offsets = offsets_of([9, 5, 7])
+    spread = torch.stack([offsets, offsets], 1)[:, 0]
+    have, want = (natten_ops.na1d(*[lines(query, o)] * 3, kernel_size=3).values() for o in (spread, offsets))
+    assert not spread.is_contiguous() and torch.equal(have, want)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
@@ -234,6 +272,14 @@ def test_sentences():
         "rank": sentence(na2d, query, query, query, **k3),
         "backend": sentence(na1d, query, query, query, **k3, backend="cpu-general"),
         "transposed": sentence(na1d, query.transpose(1, 2), query, query, **k3),
+        "dims": sentence(na1d, *[lines(draw(21, 8), offsets)] * 3, **k3),
+        "holes": sentence(na1d, *[with_holes(query)] * 3, **k3),
+        "begin": sentence(na1d, *[lines(query.values(), offsets + 1)] * 3, **k3),
+        "end": sentence(na1d, query, lines(query.values()[:20], offsets + 0), query, **k3),
+        "order": sentence(na1d, *[lines(query.values(), torch.tensor([0, 9, 5, 21]))] * 3, **k3),
+        "merge": sentence(natten_ops.merge_attentions, [query], [query]),
+        "module": sentence(natten_ops.nn.NeighborhoodAttention1D(8, 2, 3), torch.nested.nested_tensor([draw(5, 8)])),
+        "module of grids": sentence(natten_ops.nn.NeighborhoodAttention2D(8, 2, 3), query),
         "box": sentence(
             natten_ops.neighborhood_attention, query, query, query, **k3, q_origin=[0], kv_origin=[0], extent=[9]
         ),
@@ -253,7 +299,15 @@ window: sample 1: kernel_size[0]=3 with dilation[0]=2 spans 6 > 5 tokens on axis
 sizes: key has 6 tokens in sample 1, query 5; they must be equal
 rank: torch's jagged layout has one ragged dimension and 2-D samples have 2; nest them with layout=torch.strided
 backend: backend='cpu-general' with jagged tensors, whose op chooses itself; leave it out
-transposed: query is a jagged tensor of 4 dims, ragged or with holes where no tokens are; give [samples, tokens, heads, head dim], ragged in its tokens: tensor.contiguous()
+transposed: query is ragged in dim 2; give [samples, tokens, heads, head dim], ragged in its tokens and without holes: query.transpose(1, 2)
+dims: query is a jagged tensor of 3 dims; give [samples, tokens, heads, head dim]
+holes: query is ragged in dim 1, with holes; give [samples, tokens, heads, head dim], ragged in its tokens and without holes: query.contiguous()
+begin: query has offsets from 1 to 22; they must go from 0 to 21, the number of its tokens
+end: key has offsets from 0 to 21; they must go from 0 to 20, the number of its tokens
+order: query has offsets[2]=5 after offsets[1]=9; they must not descend
+merge: outputs[0] is a nested tensor; merge its samples one by one, or the values of lines
+module: input is nested as torch.strided; give a dense tensor, or, to the 1-D module, lines nested as torch.jagged
+module of grids: input is nested as torch.jagged; give a dense tensor, or, to the 1-D module, lines nested as torch.jagged
 box: q_origin, kv_origin and extent beside nested tensors; every sample is a whole grid
 grid window: sample 1: kernel_size[1]=5 with dilation[1]=1 spans 5 > 4 tokens on axis 1; lower one of them, or pad the grid
 grid sizes: key has [6, 6] tokens in sample 0, query [5, 6]; they must be equal
@@ -269,6 +323,7 @@ def test_the_raw_ops_name_the_argument():
     rest = *three, offsets, *windows, None, None, None, None, [True] * 6
     for words, op, arguments in (
         ("offsets begin at 1 and end at 22, expected 0 and 21", jagged_op, (*three, offsets + 1, *windows)),
+        ("offsets is on meta, query on cpu", jagged_op, (*three, offsets.to("meta"), *windows)),
         ("spans more than the 5 tokens of sample 1", jagged_op, (*three, offsets, [6], *windows[1:])),
         ("out has dtype Float, expected Double", backward, (values, None, values.float(), rows, *rest)),
         ("lse has dtype Float, expected Double", backward, (values, None, values, rows.float(), *rest)),

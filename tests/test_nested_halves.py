@@ -145,9 +145,15 @@ no tensor: additional_keys is a int; give a tensor with one row a sample, or Non
 no dimensions: additional_values is a tensor without dimensions; give a tensor with one row a sample, or None
 numbers of tokens: additional_keys has 2 tokens in sample 1, 1 in sample 0; beside jagged tensors they must be equal; nest everything with layout=torch.strided for other numbers
 slots: sample 0: additional_keys has shape [1, 2, 5, 6, 8], expected [1, 2, 5, 8]: [batch, heads, tokens, head dim], heads first
-heads last: query is a jagged tensor of 4 dims, ragged or with holes where no tokens are; give [samples, heads, tokens, head dim], ragged in its tokens: tensor.transpose(1, 2)
+heads last: query is ragged in dim 1; give [samples, heads, tokens, head dim], ragged in its tokens and without holes: query.transpose(1, 2)
 no samples: a nested tensor without samples; give at least one""",  # noqa: E501
     )
+
+
+def test_offsets_beyond_the_tokens():
+    query = lines(draw(20, 2, 8), offsets_of([9, 5, 7])).transpose(1, 2)
+    told = "query has offsets from 0 to 21; they must go from 0 to 20, the number of its tokens"
+    assert sentence(natten_ops.na1d_qk, query, query, kernel_size=3) == told
 
 
 def test_jagged_halves_are_refused_while_a_graph_is_traced():

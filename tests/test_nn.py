@@ -48,6 +48,7 @@ NeighborhoodAttention2D(
   embed_dim=8, num_heads=2, kernel_size=(3, 3), num_kv_heads=1, dilation=(2, 1), is_causal=(True, False), rel_pos_bias=True
   (qkv): Linear(in_features=8, out_features=16, bias=True)
   (proj): Linear(in_features=8, out_features=8, bias=True)
+  (attn_drop): Dropout(p=0.0, inplace=False)
   (proj_drop): Dropout(p=0.0, inplace=False)
 )""",
     )
@@ -136,5 +137,7 @@ def test_attention_dropout_is_applied_in_training_only():
     want = plain.proj(natten_ops.na2d_av(dropped, value, 3).movedim(1, -2).flatten(-2))
     torch.testing.assert_close(have, want)
     assert not torch.allclose(have, plain(x), atol=1e-3)
-    with pytest.raises(ValueError, match="dropout probability"):
-        NeighborhoodAttention2D(8, 2, 3, attn_drop=1.5)
+    for value in (1.5, -0.1, float("nan"), "0.1", True):
+        for name in ("attn_drop", "proj_drop"):
+            with pytest.raises((ValueError, TypeError), match=f"{name}=.*give a number from 0 to 1"):
+                NeighborhoodAttention2D(8, 2, 3, **{name: value})

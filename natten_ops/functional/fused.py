@@ -204,6 +204,10 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
         for i, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}[{i}] is a {type(tensor).__name__}; give a torch.Tensor")
+            if tensor.is_nested:
+                raise ValueError(
+                    f"{name}[{i}] is a nested tensor; merge its samples one by one, or the values of lines"
+                )
     merged: tuple[Tensor, Tensor] = torch.ops.natten.merge_attentions(list(outputs), list(lses))
     return merged
 

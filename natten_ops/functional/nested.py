@@ -115,12 +115,13 @@ def _attend_lines(inputs: Any, params: NAParams, scale: float | None) -> tuple[T
             f"torch's jagged layout has one ragged dimension and {params.rank}-D samples have {params.rank}; "
             "nest them with layout=torch.strided"
         )
-    offsets = lines_of("query", query).long()  # torch takes int32 too
+    offsets = lines_of("query", query)
     for name, tensor in (("key", key), ("value", value)):
-        _check_offsets(name, lines_of(name, tensor), lines_of("query", query))
+        _check_offsets(name, tensor, lines_of(name, tensor), offsets)
     values = [tensor.values() for tensor in (query, key, value)]
     if not torch.compiler.is_compiling():
-        _check_lengths(offsets, params)
+        _check_lengths(_bounds_of("query", query), params)
+    offsets = offsets.long().contiguous()  # torch takes int32 too
     device = values[0].device.type
     seen = [*values, additional_keys, additional_values]
     if torch.is_autocast_enabled(device):
@@ -136,13 +137,35 @@ def _attend_lines(inputs: Any, params: NAParams, scale: float | None) -> tuple[T
 
 def lines_of(name: str, tensor: Any, heads_first: bool = False) -> Any:
     """The offsets of a jagged tensor whose values are dense lines; heads first, they are those of a transposed one."""
-    if tensor.dim() != 4 or tensor._ragged_idx != 1 + heads_first or tensor.lengths() is not None:
-        axes, way = ("heads, tokens", "transpose(1, 2)") if heads_first else ("tokens, heads", "contiguous()")
+    axes = "heads, tokens" if heads_first else "tokens, heads"
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} is a jagged tensor of {tensor.dim()} dims; give [samples, {axes}, head dim]")
+    ragged, steps = tensor._ragged_idx, []
+    if tensor.lengths() is not None:
+        steps = ["transpose(1, 2)", "contiguous()"] if ragged == 2 else ["contiguous()"]
+        ragged = 1
+    if ragged != 1 + heads_first:
+        steps.append("transpose(1, 2)")
+    if steps:
+        what = f"ragged in dim {tensor._ragged_idx}" + (", with holes" if tensor.lengths() is not None else "")
         raise ValueError(
-            f"{name} is a jagged tensor of {tensor.dim()} dims, ragged or with holes where no tokens are; "
-            f"give [samples, {axes}, head dim], ragged in its tokens: tensor.{way}"
+            f"{name} is {what}; give [samples, {axes}, head dim], ragged in its tokens and without holes: "
+            f"{name}.{'.'.join(steps)}"
         )
     return tensor.offsets()
+
+
+def _bounds_of(name: str, tensor: Any) -> list[int]:
+    """The offsets as numbers. torch takes any that somebody made; samples would be cut out of other samples."""
+    bounds, tokens = tensor.offsets().tolist(), tensor._values.shape[tensor._ragged_idx - 1]
+    for i, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        if end < begin:
+            raise ValueError(f"{name} has offsets[{i + 1}]={end} after offsets[{i}]={begin}; they must not descend")
+    if bounds[0] != 0 or bounds[-1] != tokens:
+        raise ValueError(
+            f"{name} has offsets from {bounds[0]} to {bounds[-1]}; they must go from 0 to {tokens}, the number of its tokens"
+        )
+    return bounds
 
 
 def like_lines(values: Tensor, like: Any) -> Tensor:
@@ -155,7 +178,26 @@ def like_lines(values: Tensor, like: Any) -> Tensor:
     )
 
 
-def _check_offsets(name: str, offsets: Tensor, expected: Tensor) -> None:
+def on_values(call: Callable[[Tensor], Tensor], tensor: Any) -> Tensor:
+    """`call(tensor)` of what looks along the last dim alone, or the last two heads last; of jagged lines on their values.
+
+    torch 2.13's own softmax, dropout and repetition of jagged tensors raise where they are ragged in dim 2, or recorded.
+    """
+    if not tensor.is_nested:
+        return call(tensor)
+    if tensor._ragged_idx == 2:  # heads first
+        return on_values(call, tensor.transpose(1, 2)).transpose(1, 2)
+    return like_lines(call(tensor.values()), tensor)
+
+
+def split_heads(tensor: Any, sizes: Sequence[int]) -> list[Tensor]:
+    """Consecutive heads, views of `[.., heads, head dim]`; the backward of torch 2.13's own split of lines crashes."""
+    if not tensor.is_nested:
+        return list(tensor.split(sizes, dim=-2))
+    return [like_lines(values, tensor) for values in tensor.values().split(sizes, dim=-2)]
+
+
+def _check_offsets(name: str, tensor: Any, offsets: Tensor, expected: Tensor) -> None:
     if offsets is expected:
         return
     if torch.compiler.is_compiling() and offsets.shape == expected.shape:  # what they hold is known when it runs
@@ -165,14 +207,18 @@ def _check_offsets(name: str, offsets: Tensor, expected: Tensor) -> None:
         raise ValueError(
             f"{name} has {offsets.shape[0] - 1} samples, query {expected.shape[0] - 1}; they must be equal"
         )
-    for i, (have, want) in enumerate(zip(offsets.diff().tolist(), expected.diff().tolist())):
+    for i, (have, want) in enumerate(zip(_lengths(_bounds_of(name, tensor)), _lengths(expected.tolist()))):
         if have != want:
             raise ValueError(f"{name} has {have} tokens in sample {i}, query {want}; they must be equal")
 
 
-def _check_lengths(offsets: Tensor, params: NAParams) -> None:
-    for i, length in enumerate(offsets.diff().tolist()):
+def _check_lengths(bounds: Sequence[int], params: NAParams) -> None:
+    for i, length in enumerate(_lengths(bounds)):
         _naming(i, functools.partial(params.check_extent, [length]))
+
+
+def _lengths(bounds: Sequence[int]) -> list[int]:
+    return [end - begin for begin, end in zip(bounds, bounds[1:])]
 
 
 # ---- in two halves -------------------------------------------------------------------------------------------------
@@ -208,9 +254,10 @@ def _samples_of(name: str, tensor: Any) -> list[Any]:
     """The samples of a nested or dense tensor; torch cannot unbind jagged ones that are ragged in dim 2."""
     if tensor.layout != torch.jagged:
         return list(tensor.unbind())
-    offsets = lines_of(name, tensor, heads_first=True).tolist()
+    lines_of(name, tensor, heads_first=True)
+    bounds = _bounds_of(name, tensor)
     values = tensor.transpose(1, 2).values()  # [tokens, heads, ..]
-    return [values[a:b].transpose(0, 1) for a, b in zip(offsets, offsets[1:])]
+    return [values[a:b].transpose(0, 1) for a, b in zip(bounds, bounds[1:])]
 
 
 def _check_one_width(name: str, samples: Sequence[Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natten_ops import functional
+from natten_ops.functional.nested import on_values, split_heads
 from natten_ops.geometry.params import integer, make_params
 
 RPB_STD = 0.02  # of the truncated normal that initialises a bias table, as in Swin and NAT
@@ -25,9 +26,9 @@ Args:
     num_kv_heads: key/value heads, a divisor of num_heads; None means num_heads.
     qkv_bias: bias of the query/key/value projection.
     qk_scale: factor of the dot products; None means head_dim ** -0.5.
-    attn_drop: dropout probability of the attention weights. Above 0, training runs the unfused ops, which keep the
-        weights in memory, and with num_kv_heads < num_heads copies of keys and values.
-    proj_drop: dropout probability after the output projection.
+    attn_drop: dropout probability of the attention weights, 0 to 1. Above 0, training runs the unfused ops, which keep
+        the weights in memory, and with num_kv_heads < num_heads copies of keys and values.
+    proj_drop: dropout probability after the output projection, 0 to 1.
     device, dtype: of the parameters.
 
 Shape:
@@ -93,8 +94,8 @@ class _NeighborhoodAttention(nn.Module):
             table = [2 * kernel - 1 for kernel in self.kernel_size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *table, device=device, dtype=dtype))
         self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
-        self.attn_drop = nn.Dropout(attn_drop) if attn_drop else None
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.attn_drop = nn.Dropout(_probability("attn_drop", attn_drop))
+        self.proj_drop = nn.Dropout(_probability("proj_drop", proj_drop))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -108,35 +109,43 @@ class _NeighborhoodAttention(nn.Module):
         """`[batch, *spatial, embed_dim]` to the same; with return_attention, (that, attention map)."""
         if not isinstance(x, Tensor):
             raise TypeError(f"input is a {type(x).__name__}; give a torch.Tensor")
+        if x.is_nested and (x.layout != torch.jagged or self.rank > 1):
+            raise ValueError(
+                f"input is nested as {x.layout}; give a dense tensor, or, to the 1-D module, lines nested as torch.jagged"
+            )
         if x.dim() != self.rank + 2 or x.shape[-1] != self.embed_dim:
             axes = ", ".join(f"axis {axis}" for axis in range(self.rank))
             raise ValueError(f"input has shape {list(x.shape)}; give [batch, {axes}, embed_dim={self.embed_dim}]")
         heads = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
         # Views: the kernels read the packed projection in place.
-        query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=-2)
-        settings: dict[str, Any] = {"stride": self.stride, "dilation": self.dilation, "is_causal": self.is_causal}
+        query, key, value = split_heads(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads])
         attention_map = None
-        if return_attention or (self.training and self.attn_drop is not None):
-            out, attention_map = self._attend_unfused(query, key, value, settings)
+        if return_attention or (self.training and self.attn_drop.p > 0):
+            out, attention_map = self._attend_unfused(query, key, value)
         else:
-            out = functional.neighborhood_attention(
-                query, key, value, self.kernel_size, **settings, scale=self.qk_scale, rpb=self.rpb
-            )
+            scale, windows = self._scale(), self._windows()
+            out = functional.neighborhood_attention(query, key, value, **windows, scale=scale, rpb=self.rpb)
         projected = self.proj_drop(self.proj(out.flatten(-2)))
         return (projected, attention_map) if return_attention else projected
 
-    def _attend_unfused(
-        self, query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def _windows(self) -> dict[str, Any]:
+        """The settings of the ops; subclasses may keep them elsewhere."""
+        settings = ("kernel_size", "stride", "dilation", "is_causal")
+        return {name: getattr(self, name) for name in settings}
+
+    def _scale(self) -> float | None:
+        return self.qk_scale
+
+    def _attend_unfused(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The same attention with its weights in memory, which dropout and onlookers need."""
+        scale, windows, group = self._scale(), self._windows(), self.num_heads // self.num_kv_heads
+        if group > 1:
+            key, value = (on_values(lambda t: t.repeat_interleave(group, dim=-2), t) for t in (key, value))
         query, key, value = (tokens.movedim(-2, 1) for tokens in (query, key, value))
-        if self.num_kv_heads < self.num_heads:
-            key, value = (t.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for t in (key, value))
-        scale = self.head_dim**-0.5 if self.qk_scale is None else self.qk_scale
         qk, av = getattr(functional, f"na{self.rank}d_qk"), getattr(functional, f"na{self.rank}d_av")
-        weights = qk(query * scale, key, self.kernel_size, **settings, rpb=self.rpb).softmax(dim=-1)
-        dropped = weights if self.attn_drop is None else self.attn_drop(weights)
-        return av(dropped, value, self.kernel_size, **settings).movedim(1, -2), weights
+        logits = qk(query * (self.head_dim**-0.5 if scale is None else scale), key, **windows, rpb=self.rpb)
+        weights = on_values(lambda t: t.softmax(dim=-1), logits)
+        return av(on_values(self.attn_drop, weights), value, **windows).movedim(1, -2), weights
 
     def extra_repr(self) -> str:
         """The settings that differ from the defaults, for `print(model)`."""
@@ -151,6 +160,14 @@ class _NeighborhoodAttention(nn.Module):
         if self.qk_scale is not None:
             parts.append(f"qk_scale={self.qk_scale}")
         return ", ".join(parts)
+
+
+def _probability(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number from 0 to 1")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} is no probability; give a number from 0 to 1")
+    return value
 
 
 def _of_rank(rank: int) -> type[_NeighborhoodAttention]:

@@ -99,7 +99,7 @@ def check_jagged(
     """Raise ValueError or TypeError unless the values fit each other; what offsets hold is the kernel's business."""
     named = [("query", query), ("key", key), ("value", value)]
     named += [("additional_keys", additional_keys), ("additional_values", additional_values)]  # type: ignore[list-item]
-    check_kinds([*named, ("rpb", rpb)], required=3)
+    check_kinds([*named[:3], ("offsets", offsets), *named[3:], ("rpb", rpb)], required=4)
     for name, tensor in named[:3]:
         if tensor.dim() != 3 or tensor.shape[0] != query.shape[0]:
             raise ValueError(f"{name} has values {list(tensor.shape)}; give [{query.shape[0]} tokens, heads, head dim]")
