@@ -14,7 +14,8 @@ from expecttest import assert_expected_inline
 from natten_ops import backends
 from natten_ops.geometry.masks import dense_mask
 from natten_ops.geometry.params import make_params
-from natten_ops.tools import draw_all_windows, draw_on_image, draw_window, show, visible_keys, why
+from natten_ops.tools import draw_all_windows, draw_attention, draw_on_image, draw_window, show, visible_keys, why
+from natten_ops.tools.show import new_figure
 
 GEOMETRIES = [
     ((11,), {"kernel_size": 4, "stride": 3}),
@@ -157,13 +158,40 @@ def test_why_gives_reasons():
     "query, geometry, message",
     [
         ((5, 9), {"kernel_size": 3}, r"query\[1\]=9 is outside of the grid; give 0 to 7"),
-        ((5,), {"kernel_size": 3}, "1 coordinates for 2 spatial axes"),
+        ((5,), {"kernel_size": 3}, "1 coordinates for 2 spatial axes; give 2"),
         ((5, 5), {"kernel_size": 3, "dilation": 3}, r"spans 9 > 8 tokens on axis 0"),
     ],
 )
 def test_mistakes_are_value_errors(query, geometry, message):
     with pytest.raises(ValueError, match=message):
         show((8, 8), query, **geometry)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: show((8, 8), 4, kernel_size=3), "query=4 is a int; give one int for each of the 2 axes"),
+        (lambda: show((8, 8), "ab", kernel_size=3), "query='ab' is a str; give one int for each of the 2 axes"),
+        (lambda: show((8, 8), (4, 4.5), kernel_size=3), r"query\[1\]=4.5 is a float; give an int"),
+        (lambda: show((8, 8), torch.tensor([0.5, 1]), kernel_size=3), r"query\[0\]=0.5 is a float; give an int"),
+        (lambda: draw_all_windows("a", kernel_size=3), "length='a' is a str; give an int"),
+        (lambda: why((8,), heads=2.5, kernel_size=3), "heads=2.5 is a float; give an int"),
+    ],
+)
+def test_wrong_types_are_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_an_axis_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="spans 3 > 0 tokens on axis 0"):
+        draw_all_windows(0, kernel_size=3)
+
+
+def test_tensors_are_queries_too():
+    assert torch.equal(
+        visible_keys((6, 7), torch.tensor([2, 3]), kernel_size=3), visible_keys((6, 7), (2, 3), kernel_size=3)
+    )
 
 
 def test_pictures_are_files(tmp_path):
@@ -179,6 +207,77 @@ def test_pictures_are_files(tmp_path):
         path = tmp_path / f"{name}.png"
         figure.savefig(path)
         assert path.stat().st_size > 1000 and path.read_bytes().startswith(b"\x89PNG"), name
+
+
+@pytest.mark.parametrize(
+    "image, grey",
+    [
+        (torch.full((16, 24), 0.9), 0.9),
+        (torch.full((16, 24, 1), 0.3, dtype=torch.float64), 0.3),
+        (torch.full((16, 24), 128, dtype=torch.uint8), 128 / 255),
+        (torch.ones(16, 24, dtype=torch.bool), 1.0),
+    ],
+)
+def test_greys_are_drawn_as_they_are(image, grey):
+    """Not stretched to the image's own darkest and lightest."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the extra demo")
+    drawn = draw_on_image(image.numpy(), (4, 6), (1, 1), kernel_size=3).axes[0].images[0]
+    assert drawn.to_rgba(drawn.get_array())[3, 5, :3] == pytest.approx([grey] * 3, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (torch.rand(3, 16, 24), r"image has shape \[3, 16, 24\]; give an array \[height, width\] or .* channels last"),
+        (torch.rand(16, 0), r"image has shape \[16, 0\]"),
+        (torch.linspace(-1, 2, 384).view(16, 24), r"image has values from -1 to 2; give floats in \[0, 1\] or bytes"),
+        (torch.full((16, 24), 256, dtype=torch.int32), "image has values from 256 to 256"),
+        (torch.full((16, 24), float("nan")), "image has values from nan to nan"),
+        ("photo.png", "image is a str; give an array"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        draw_on_image(image, (4, 6), (1, 1), kernel_size=3)
+
+
+LONG = {"kernel_size": (3, 2), "stride": (2, 1), "dilation": (2, 3), "is_causal": (True, False)}
+LONG_3D = {"kernel_size": (3, 2, 3), "stride": (1, 2, 1), "dilation": (1, 3, 2), "is_causal": (True, False, False)}
+
+
+@pytest.mark.parametrize("dpi", [90, 150])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: draw_window((12, 16), (6, 14), **LONG),
+        lambda: draw_window((5, 6, 7), (3, 0, 6), **LONG_3D),
+        lambda: draw_all_windows(30, kernel_size=5, stride=3, dilation=2, is_causal=True),
+        lambda: draw_on_image(torch.rand(96, 128, 3).numpy(), (12, 16), (6, 14), **LONG),
+        lambda: draw_attention(torch.rand(96, 128).numpy(), torch.rand(2, 12, 16, 6), (6, 14), **LONG),
+        lambda: draw_window((12, 12), (3, 3), title="one word and another " * 5 + "(in all (4, 5))", kernel_size=5),
+    ],
+)
+def test_titles_and_labels_are_not_cut(draw, dpi):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the extra demo")
+    figure = draw()
+    figure.set_dpi(dpi)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert not re.search(r"\([\w, ]+,\n|(size|stride|dilation|causal)\n", axes.get_title())
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        box = text.get_window_extent()
+        inside = 0 <= box.x0 <= box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1
+        assert inside or not text.get_text(), text
+
+
+def test_titles_keep_to_their_column():
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the extra demo")
+    figure, pictures = new_figure(columns=3)
+    for picture in pictures:
+        draw_window((12, 16), (6, 14), picture, **LONG)
+    figure.draw_without_rendering()
+    boxes = [picture.title.get_window_extent() for picture in pictures]
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch):

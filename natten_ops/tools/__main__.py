@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from natten_ops import tools
 from natten_ops._command_line import OneLineParser
 from natten_ops.backends import ALL_DTYPES
+from natten_ops.geometry.masks import checked_params
 from natten_ops.tools.show import new_figure
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ALL_DTYPES}
@@ -113,14 +115,35 @@ def _show(options: argparse.Namespace) -> str:
     if options.image is None:
         figure = tools.draw_window(options.shape, options.query, **geometry)
     elif options.attention is not None:
-        weights = torch.load(options.attention, weights_only=True)
-        if tuple(weights.shape[1:-1]) != tuple(options.shape):
-            raise ValueError(f"--attention has shape {list(weights.shape)}; give [heads, {options.shape}, slots]")
+        weights = _read_attention(options.attention, options.shape, geometry)
         figure = tools.draw_attention(_read_image(options.image), weights, options.query, options.head, **geometry)
     else:
         figure = tools.draw_on_image(_read_image(options.image), options.shape, options.query, **geometry)
     figure.savefig(options.out, dpi=150)
     return f"wrote {options.out}"
+
+
+def _read_attention(path: str, spatial_shape: Sequence[int], geometry: dict[str, Any]) -> torch.Tensor:
+    """The saved map, if it is one of this grid and kernel."""
+    wanted = [*spatial_shape, math.prod(checked_params(spatial_shape, **geometry).kernel_size)]
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the reader of pickles fails in many ways on a file of something else
+        kind = type(error).__name__
+        raise ValueError(
+            f"--attention {path} cannot be read ({kind}); give a tensor [heads, y, x, slots] that torch.save wrote"
+        ) from error
+    if not isinstance(weights, torch.Tensor):
+        raise ValueError(f"--attention {path} holds a {type(weights).__name__}; save one tensor [heads, y, x, slots]")
+    if list(weights.shape[1:]) != wanted:
+        # More slots would pass for additional tokens, and a picture of another kernel would be drawn.
+        raise ValueError(
+            f"--attention {path} has shape {list(weights.shape)}, and --shape with --kernel-size asks for "
+            f"[heads, {', '.join(map(str, wanted))}]; give the settings of the map, and no slots of additional tokens"
+        )
+    return weights
 
 
 def _read_image(path: str) -> Any:

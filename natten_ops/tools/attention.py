@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from natten_ops.geometry.masks import checked_params
-from natten_ops.tools.show import QUERY_COLOUR, check_image, check_query, frame, new_figure, title_of
+from natten_ops.geometry.params import integer
+from natten_ops.tools.show import (
+    QUERY_COLOUR,
+    check_image,
+    check_query,
+    draw_veiled,
+    frame,
+    new_figure,
+    set_title,
+    title_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +62,11 @@ def attention_on_grid(
         >>> (attention_on_grid(weights[0], (4,), kernel_size=3)[0] > 0).int().tolist()
         [0, 0, 0, 1, 1, 1]
     """
-    if not isinstance(attention_map, Tensor) or attention_map.dim() < 3:
-        shape = list(attention_map.shape) if isinstance(attention_map, Tensor) else type(attention_map).__name__
+    if not isinstance(attention_map, Tensor) or attention_map.is_nested:
+        kind = "nested tensor" if isinstance(attention_map, Tensor) else type(attention_map).__name__
+        raise TypeError(f"attention_map is a {kind}; give a tensor [heads, 1 to 3 spatial axes, slots] of one sample")
+    if attention_map.dim() < 3 or len(attention_map) == 0:
+        shape = list(attention_map.shape)
         raise ValueError(f"attention_map is {shape}; give a tensor [heads, 1 to 3 spatial axes, slots] of one sample")
     spatial_shape = attention_map.shape[1:-1]
     params = checked_params(spatial_shape, kernel_size, stride, dilation, is_causal)
@@ -97,7 +110,7 @@ def draw_attention(
     """An image under the attention of one query: bright where its weights are large, the query in an orange frame.
 
     Args:
-        image: `[height, width]` or `[height, width, 3 or 4]`, floats in [0, 1] or bytes.
+        image: `[height, width]` (grey) or `[height, width, 1, 3 or 4]`, floats in [0, 1] or bytes.
         attention_map: `[heads, y, x, slots]` of one sample; the image is divided evenly among its tokens.
         query: (y, x) of the query, in tokens.
         head: the head that is drawn; None draws the mean of all.
@@ -109,7 +122,8 @@ def draw_attention(
         The matplotlib figure; `figure.savefig(path)` writes it.
 
     Raises:
-        ValueError, TypeError: as `attention_on_grid`; a head that is not there, an image or a grid that is not 2-D.
+        ValueError, TypeError: as `attention_on_grid`; a head that is not there, weights that are not finite, a grid
+            that is not 2-D, or no image of those above.
         ImportError: matplotlib is missing.
 
     Example:
@@ -120,26 +134,27 @@ def draw_attention(
         >>> _, weights = layer(tokens, return_attention=True)
         >>> figure = draw_attention(torch.rand(48, 48, 3).numpy(), weights[0], (3, 4), kernel_size=5)
     """
-    grids = attention_on_grid(attention_map, query, **geometry)
+    grids = attention_on_grid(attention_map, query, **geometry).double()
     spatial_shape = grids.shape[1:]
     check_image(image, spatial_shape)
-    if head is not None and not 0 <= head < len(grids):
+    if head is not None and not 0 <= integer("head", head) < len(grids):
         raise ValueError(f"head={head} is not there; give 0 to {len(grids) - 1}, or None for the mean of all")
-    weights = (grids.mean(0) if head is None else grids[head]).double()
+    weights = grids.mean(0) if head is None else grids[head]
+    wrong = weights[~weights.isfinite()]
+    if len(wrong):
+        raise ValueError(
+            f"attention_map gives query={tuple(query)} a weight of {wrong[0]}; give finite weights: "
+            "a softmax has them if all logits are finite"
+        )
     peak = weights.max().item()
     axes = axes if axes is not None else new_figure(width=4.2, height=3.6)[1][0]
-    height, width = image.shape[:2]
-    axes.imshow(image, cmap="gray" if image.ndim == 2 else None, extent=(0, width, height, 0))
-    # Black, lighter inside of the window, and the less opaque the larger the weight; its root, for most weights are small.
-    veil = torch.zeros(*spatial_shape, 4)
-    veil[..., 3] = torch.where(weights > 0, 0.6 - 0.6 * (weights / max(peak, 1e-30)).sqrt(), 0.75)
-    axes.imshow(veil.numpy(), extent=(0, width, height, 0), interpolation="nearest")
-    cell_y, cell_x = height / spatial_shape[0], width / spatial_shape[1]
+    # Lighter inside of the window, and the less opaque the larger the weight; its root, for most weights are small.
+    opacity = torch.where(weights > 0, 0.6 - 0.6 * (weights / max(peak, 1e-30)).sqrt(), 0.75)
+    cell_y, cell_x = draw_veiled(axes, image, opacity)
     for colour, line in (("white", 2.6), (QUERY_COLOUR, 1.3)):  # a white rim, for images that are orange themselves
         frame(axes, query[1] * cell_x, query[0] * cell_y, cell_x, cell_y, colour, line)
-    axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
     if title is None:
         who = "mean of heads" if head is None else f"head {head}"
         title = f"{title_of(spatial_shape, **geometry)}\n{who}, largest weight {peak:.3f}"
-    axes.set_title(title, fontsize=9)
+    set_title(axes, title)
     return axes.figure

@@ -7,6 +7,7 @@ when one is drawn. Colours are of the Okabe-Ito palette, and the query also has 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from natten_ops.geometry.masks import axis_mask, checked_params
-from natten_ops.geometry.params import AXIS_NAMES
+from natten_ops.geometry.params import AXIS_NAMES, integer
 from natten_ops.tools.why import describe
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 QUERY, VISIBLE, OTHER = "Q", "#", "."
 QUERY_COLOUR, VISIBLE_COLOUR, OTHER_COLOUR = "#d55e00", "#56b4e9", "#ececec"
+TITLE_POINTS = 9
+TITLE_MARGIN = 0.48  # inches: numbers at the left move the middle of a picture, and letters are wider in coarse dots
+TITLE_BREAK = r" (?!\(|\d|[\w, ]{0,20}\))"  # neither between a name and its number nor within the numbers of a tuple
 
 
 def visible_keys(
@@ -59,12 +63,17 @@ def visible_keys(
     return window
 
 
-def check_query(query: Sequence[int], spatial_shape: Sequence[int]) -> None:
-    """Raise ValueError unless the query lies in the grid."""
-    if len(query) != len(spatial_shape):
-        raise ValueError(f"query={tuple(query)} has {len(query)} coordinates for {len(spatial_shape)} spatial axes")
-    for axis, (position, length) in enumerate(zip(query, spatial_shape)):
-        if not 0 <= position < length:
+def check_query(query: Any, spatial_shape: Sequence[int]) -> None:
+    """Raise TypeError or ValueError unless the query is a token of the grid."""
+    given = query.tolist() if hasattr(query, "tolist") else query  # an array or a tensor serves as well
+    rank = len(spatial_shape)
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        kind = type(query).__name__
+        raise TypeError(f"query={query!r} is a {kind}; give one int for each of the {rank} axes, in a tuple")
+    if len(given) != rank:
+        raise ValueError(f"query={tuple(given)} has {len(given)} coordinates for {rank} spatial axes; give {rank}")
+    for axis, (position, length) in enumerate(zip(given, spatial_shape)):
+        if not 0 <= integer(f"query[{axis}]", position) < length:
             raise ValueError(f"query[{axis}]={position} is outside of the grid; give 0 to {length - 1}")
 
 
@@ -140,10 +149,20 @@ def new_figure(columns: int = 1, rows: int = 1, width: float = 3.2, height: floa
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'natten-ops[demo]'") from error
+
+    class Layout(ConstrainedLayoutEngine):
+        """Repeated for titles of several lines: they shrink a picture of fixed proportions, and that moves its labels."""
+
+        def execute(self, fig: Figure) -> None:
+            tall = any("\n" in axes.get_title() for axes in fig.axes)
+            for _ in range(4 if tall else 1):
+                super().execute(fig)
+
     # No pyplot: a figure of one's own needs no display, no global state and no closing.
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), layout=Layout())
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
@@ -203,9 +222,11 @@ def draw_all_windows(length: int, axes: Axes | None = None, title: str | None = 
         >>> from natten_ops.tools import draw_all_windows
         >>> figure = draw_all_windows(12, kernel_size=5, is_causal=True)
     """
+    length = integer("length", length)
+    described = title_of((length,), **geometry)  # checks the settings too, also for a length of 0
     rows = torch.stack([visible_keys((length,), (i,), **geometry) for i in range(length)])
     axes = axes if axes is not None else new_figure()[1][0]
-    _draw_cells(axes, rows, title if title is not None else title_of((length,), **geometry))
+    _draw_cells(axes, rows, title if title is not None else described)
     for i in range(length):
         _mark(axes, i + 0.5, i + 0.5, 1.0)
     _tick(axes, rows.shape, 2)
@@ -224,7 +245,7 @@ def draw_on_image(
     """An image cut into tokens: bright where the query sees, dim elsewhere, the query in an orange frame.
 
     Args:
-        image: `[height, width]` or `[height, width, 3 or 4]`, floats in [0, 1] or bytes.
+        image: `[height, width]` (grey) or `[height, width, 1, 3 or 4]`, floats in [0, 1] or bytes.
         spatial_shape: tokens of the two axes; the image is divided evenly among them.
         query: (y, x) of the query, in tokens.
         axes, title, geometry: as in `draw_window`.
@@ -233,37 +254,75 @@ def draw_on_image(
         The matplotlib figure.
 
     Raises:
-        ValueError, TypeError, ImportError: as `draw_window`; an image or a grid that is not 2-D.
+        ValueError, TypeError, ImportError: as `draw_window`; a grid that is not 2-D, or no image of those above.
 
     Example:
         >>> import torch
         >>> from natten_ops.tools import draw_on_image
         >>> figure = draw_on_image(torch.rand(64, 64, 3).numpy(), (8, 8), (0, 3), kernel_size=3)
     """
-    check_image(image, spatial_shape)
     window = visible_keys(spatial_shape, query, **geometry)
+    check_image(image, spatial_shape)
     axes = axes if axes is not None else new_figure(width=4.2, height=3.4)[1][0]
-    height, width = image.shape[:2]
-    cell_y, cell_x = height / spatial_shape[0], width / spatial_shape[1]
-    axes.imshow(image, cmap="gray" if image.ndim == 2 else None, extent=(0, width, height, 0))
-    veil = torch.zeros(*window.shape, 4)  # black, and opaque where nothing is seen
-    veil[..., 3] = (~window) * 0.62
-    axes.imshow(veil.numpy(), extent=(0, width, height, 0), interpolation="nearest")
+    cell_y, cell_x = draw_veiled(axes, image, (~window) * 0.62)
     for y, x in window.nonzero().tolist():
         frame(axes, x * cell_x, y * cell_y, cell_x, cell_y, "white", 0.8)
     for colour, line in (("white", 5.0), (QUERY_COLOUR, 2.5)):  # a white rim, for images that are orange themselves
         frame(axes, query[1] * cell_x, query[0] * cell_y, cell_x, cell_y, colour, line)
-    axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-    axes.set_title(title if title is not None else title_of(spatial_shape, **geometry), fontsize=9)
+    set_title(axes, title if title is not None else title_of(spatial_shape, **geometry))
     return axes.figure
 
 
 def check_image(image: Any, spatial_shape: Sequence[int]) -> None:
-    """Raise ValueError unless the image can be divided among the tokens of the grid."""
+    """Raise ValueError unless the image can be drawn and divided among the tokens of the grid."""
     if len(spatial_shape) != 2:
         raise ValueError(f"an image has 2 spatial axes, and spatial_shape={tuple(spatial_shape)} has another number")
-    if getattr(image, "ndim", None) not in (2, 3):
-        raise ValueError(f"image has shape {getattr(image, 'shape', None)}; give [height, width] or [height, width, 3]")
+    shape = tuple(getattr(image, "shape", ()))
+    if len(shape) not in (2, 3) or 0 in shape or shape[2:] not in ((), (1,), (3,), (4,)):
+        what = f"has shape {list(shape)}" if hasattr(image, "shape") else f"is a {type(image).__name__}"
+        raise ValueError(f"image {what}; give an array [height, width] or [height, width, 1, 3 or 4], channels last")
+    low, high = float(image.min()), float(image.max())
+    if not (low >= -0.001 and high <= _white(image) + 0.001):  # so much is rounding; not finite is refused too
+        raise ValueError(f"image has values from {low:.4g} to {high:.4g}; give floats in [0, 1] or bytes in [0, 255]")
+
+
+def _white(image: Any) -> int:
+    """The value of white: numpy and torch both name their types of numbers float32, uint8, .."""
+    return 1 if re.search("float|bool", str(image.dtype)) else 255
+
+
+def draw_veiled(axes: Axes, image: Any, opacity: Tensor) -> tuple[float, float]:
+    """Draw an image and over each token black of this opacity `[y, x]`; the height and width of a token."""
+    height, width = image.shape[:2]
+    extent = (0, width, height, 0)
+    # Of greys matplotlib would make the darkest black and the lightest white; colours it takes as they are.
+    axes.imshow(image, cmap="gray", vmin=0, vmax=_white(image), extent=extent)
+    veil = torch.zeros(*opacity.shape, 4)
+    veil[..., 3] = opacity
+    axes.imshow(veil.numpy(), extent=extent, interpolation="nearest")
+    axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+    return height / opacity.shape[0], width / opacity.shape[1]
+
+
+def set_title(axes: Axes, title: str) -> None:
+    """Write the title above the picture, in lines as wide as its column of the figure."""
+    from matplotlib.textpath import TextPath
+
+    figure, place = axes.figure, axes.get_subplotspec()
+    assert figure is not None
+    share = axes.get_position().width if place is None else len(place.colspan) / place.get_gridspec().ncols
+    room = 72 * (share * figure.bbox.width / figure.dpi - TITLE_MARGIN)  # in points
+    lines = []
+    for text in title.splitlines():
+        line, *words = re.split(TITLE_BREAK, text)
+        for word in words:
+            longer = f"{line} {word}"
+            if TextPath((0, 0), longer, size=TITLE_POINTS).get_extents().width > room:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    axes.set_title("\n".join(lines), fontsize=TITLE_POINTS)
 
 
 def _draw_cells(axes: Axes, cells: Tensor, title: str) -> None:
@@ -272,7 +331,7 @@ def _draw_cells(axes: Axes, cells: Tensor, title: str) -> None:
     colours = ListedColormap([OTHER_COLOUR, VISIBLE_COLOUR])
     axes.pcolormesh(cells.int().numpy(), cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=0.8)
     axes.set(xlim=(0, cells.shape[1]), ylim=(cells.shape[0], 0), aspect="equal")
-    axes.set_title(title, fontsize=9)
+    set_title(axes, title)
 
 
 def _mark(axes: Axes, x: float, y: float, size: float) -> None:

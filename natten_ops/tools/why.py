@@ -10,7 +10,7 @@ import torch
 
 from natten_ops import _compiler, backends, flops
 from natten_ops.geometry.masks import checked_params
-from natten_ops.geometry.params import NAParams
+from natten_ops.geometry.params import NAParams, integer
 from natten_ops.geometry.tiles import visible_pairs
 
 _OF_QUERY_KEY_VALUE = (True, True, True, False, False, False)
@@ -52,7 +52,7 @@ def why(
     """
     params = checked_params(spatial_shape, kernel_size, stride, dilation, is_causal)
     for name, count in (("heads", heads), ("head_dim", head_dim), ("batch", batch)):
-        if count < 1:
+        if integer(name, count) < 1:
             raise ValueError(f"{name}={count} must be at least 1")
     size = f"batch {batch}, {heads} head{'s' * (heads > 1)} of {head_dim}"
     shape = (batch, *spatial_shape, heads, head_dim)
