@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from natten_ops.compat.install import for_new_processes
-
 
 def test_an_unchanged_script_runs_on_a_level(tmp_path):
     (tmp_path / "beside.py").write_text("name = 'beside'\n")
@@ -76,16 +74,61 @@ def test_processes_that_the_script_starts_find_the_release_too(tmp_path):
     assert others[:3] == ["True 0.17.3 False", "0.17.3 0.17.3 True", "False"]
 
 
+LATE = """
+import atexit, os, pickle, subprocess, sys, threading, time
+
+class Mine:
+    pass
+
+def child():
+    look = "import natten; print(natten.__version__)"
+    return subprocess.run([sys.executable, "-c", look], capture_output=True, text=True).stdout.strip()
+
+def last():
+    print("at exit", type(pickle.loads(pickle.dumps(Mine()))) is Mine, child())
+
+def later():
+    time.sleep(0.5)
+    print("thread", child())
+
+atexit.register(last)
+threading.Thread(target=later).start()
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+print(os.environ["PYTHONPATH"])
+"""
+
+
 @pytest.mark.parametrize("before", [None, "somewhere"])
-def test_afterwards_the_environment_is_as_before(tmp_path, monkeypatch, before):
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    if before is not None:
-        monkeypatch.setenv("PYTHONPATH", before)
-    path = list(sys.path)
-    with pytest.raises(KeyError), for_new_processes("0.21.0"):
-        first, *rest = os.environ["PYTHONPATH"].split(os.pathsep)
-        assert rest == ([] if before is None else [before])
-        assert sys.path == [path[0], first, *path[1:]]
-        assert sorted(os.listdir(first)) == ["natten", "natten-0.21.0.dist-info"]
-        raise KeyError
-    assert os.environ.get("PYTHONPATH") == before and sys.path == path and not os.path.exists(first)
+def test_what_outlives_the_last_line_finds_the_release_too(tmp_path, before):
+    """Threads, what runs at exit (of a forked process too), pickles of the script's classes; then the folder is gone."""
+    (tmp_path / "script.py").write_text(LATE)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {} if before is None else {"PYTHONPATH": before}
+    command = [sys.executable, "-m", "natten_ops.compat", "--level", "0.17.3", tmp_path / "script.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    path, *rest = sorted(done.stdout.splitlines(), key=lambda line: not line.startswith(os.sep))
+    first, *others = path.split(os.pathsep)
+    assert rest == ["at exit True 0.17.3", "thread 0.17.3", "at exit True 0.17.3"]
+    assert others == ([] if before is None else [before]) and not os.path.exists(first)
+
+
+def test_a_folder_is_run_and_a_safe_path_stays_safe(tmp_path):
+    """As `python folder` and `python -P script.py` do: the second puts no folder before those of PYTHONPATH."""
+    for name, text in (
+        ("app/__main__.py", "import beside"),
+        ("app/beside.py", "print('beside')"),
+        ("lib/far.py", "print('far')"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "script.py").write_text("import far")
+    command = [sys.executable, "-m", "natten_ops.compat", "--level", "0.17"]
+    assert subprocess.run([*command, tmp_path / "app"], capture_output=True, text=True).stdout == "beside\n"
+    safe = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(tmp_path / "lib")}
+    done = subprocess.run([*command, tmp_path / "script.py"], capture_output=True, text=True, env=safe)
+    assert done.stdout == "far\n", done.stderr
+    done = subprocess.run([*command, tmp_path / "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no such file" in done.stderr

@@ -8,6 +8,7 @@ import torch
 
 import natten_ops
 from natten_ops import compat
+from natten_ops.compat.types import MemoryUsagePreference as Memory
 
 ERRORS = (ValueError, RuntimeError)
 
@@ -52,8 +53,8 @@ TOGGLES = [
     ("0.17", "use_autotuner", (None, True), "is_autotuner_enabled", False, True),
     ("0.17", "use_autotuner", (None, None, True), "is_autotuner_thorough_for_forward", False, True),
     ("0.17", "use_autotuner", (None, None, None, True), "is_autotuner_thorough_for_backward", False, True),
-    ("0.17", "use_tf32_in_gemm_na", (), "is_tf32_in_gemm_na_enabled", False, True),
-    ("0.17", "enable_tf32", (), "is_tf32_in_gemm_na_enabled", False, True),
+    ("0.17", "use_tf32_in_gemm_na", (False,), "is_tf32_in_gemm_na_enabled", True, False),
+    ("0.17", "disable_tf32", (), "is_tf32_in_gemm_na_enabled", True, False),
     ("0.17", "use_tiled_na", (False,), "is_tiled_na_enabled", True, False),
     ("0.17", "disable_tiled_na", (), "is_tiled_na_enabled", True, False),
     ("0.17", "use_gemm_na", (False,), "is_gemm_na_enabled", True, False),
@@ -61,7 +62,7 @@ TOGGLES = [
     ("0.17", "set_memory_usage_preference", ("strict",), "is_memory_usage_strict", False, True),
     ("0.20", "set_memory_usage_preference", ("unrestricted",), "is_memory_usage_unrestricted", False, True),
     ("0.21", "set_memory_usage_preference", ("strict",), "is_memory_usage_default", True, False),
-    ("0.17", "set_memory_usage_preference", ("strict",), "get_memory_usage_preference", "default", "strict"),
+    ("0.17", "set_memory_usage_preference", ("strict",), "get_memory_usage_preference", Memory.Default, Memory.Strict),
     ("0.21", "allow_flex_compile", (), "is_flex_compile_allowed", False, True),
     ("0.21", "allow_flex_compile", (True, True), "is_flex_compile_backprop_allowed", False, True),
     ("0.20", "allow_flex_compile_backprop", (), "is_flex_compile_backprop_allowed", False, True),
@@ -86,6 +87,41 @@ def test_getters_say_what_setters_set_and_reset_forgets_it(level, setter, argume
         module.context.AutotunerContext.reset()
     kept = getter in ("is_tf32_in_gemm_na_enabled", "is_tiled_na_enabled", "is_gemm_na_enabled")  # of neither context
     assert get() == (after if kept else before)
+
+
+def test_contexts_are_classes_whose_attributes_are_the_settings():
+    context = compat.natten(version="0.17").context
+    natten, tuner = context.NattenContext, context.AutotunerContext
+    assert isinstance(natten, type) and isinstance(tuner, type)
+    natten.is_fused_na_enabled = True
+    tuner.set_enabled_for_forward(True)
+    tuner.set_steps_forward(None)  # leaves it
+    natten.training_memory_preference = Memory.Strict
+    assert context.is_fused_na_enabled() and context.is_autotuner_enabled_for_forward() and tuner.steps_forward == 5
+    assert context.is_memory_usage_strict() and natten.is_fused_na_enabled
+    natten.reset()
+    assert not context.is_fused_na_enabled() and context.is_memory_usage_default() and tuner.enabled_for_forward
+    compat.reset()
+    assert not tuner.enabled_for_forward
+    with pytest.raises(AttributeError, match="no setting 'is_fast'; there are is_deterministic_mode_enabled"):
+        natten.is_fast = True
+    assert "'yes' is a str" in refusal(lambda: setattr(natten, "is_fused_na_enabled", "yes"))
+
+
+def test_torchs_own_deterministic_mode_ignores_what_contradicts_it(caplog):
+    """As natten did: a line in the log, and the setting stays."""
+    module = compat.natten(version="0.17")
+    torch.use_deterministic_algorithms(True)
+    try:
+        module.use_fused_na()
+        module.use_autotuner(True, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert module.is_fused_na_enabled() and not module.is_kv_parallelism_in_fused_na_enabled()
+    assert not module.is_autotuner_enabled()
+    assert [record.getMessage().partition("=")[0] for record in caplog.records] == [
+        "kv_parallel", "forward_pass", "backward_pass",
+    ]  # fmt: skip
 
 
 def test_switching_off_switches_off_all_that_goes_with_it():

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import os
-import runpy
 import sys
+import types
 from collections.abc import Sequence
+from pathlib import Path
 
 from natten_ops import compat
 from natten_ops._command_line import OneLineParser
@@ -28,18 +30,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Install the level, then run the script as `python script.py args..` would."""
+    """Install the level, then run the script in the place of `__main__`, as `python script.py args..` would."""
     options = parser().parse_args(arguments)
     try:
         release = compat.install_as_natten(version=options.level).__version__
     except ValueError as error:
         parser().error(str(error))
-    if not os.path.isfile(options.script):
-        parser().error(f"{options.script}: no such file")
+    folder = os.path.isdir(options.script)
+    script = os.path.join(options.script, "__main__.py") if folder else options.script
+    if not os.path.isfile(script):
+        parser().error(f"{script}: no such file")
     sys.argv = [options.script, *options.arguments]
-    sys.path[0] = os.path.dirname(os.path.abspath(options.script))
-    with for_new_processes(release):
-        runpy.run_path(options.script, run_name="__main__")
+    if not getattr(sys.flags, "safe_path", False):  # then Python puts no folder first, nor was one put there for us
+        sys.path[0] = os.path.dirname(os.path.abspath(script))
+    for_new_processes(release)
+    # Not runpy, which puts the old module back: pickles of the script's classes, and what runs at exit, need this one.
+    sys.modules["__main__"] = module = types.ModuleType("__main__")
+    vars(module).update(__file__=script, __builtins__=builtins)
+    exec(compile(Path(script).read_bytes(), script, "exec"), vars(module))
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def _cumulative(query: Tensor, key: Tensor, lengths: Sequence[Tensor]) -> tuple[
             raise ConstraintError(
                 f"seqlens_{name}={count.tolist()} must be of the {tensor.shape[1]} tokens that there are"
             )
-        starts.append(pad(count.cumsum(0), [1, 0]))
+        starts.append(pad(count.cumsum(0, dtype=count.dtype), [1, 0]))
         longest.append(int(count.max()) if len(count) else 0)
     return tuple(starts), tuple(longest)
 

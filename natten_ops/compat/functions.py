@@ -117,7 +117,7 @@ def fused(
         _or(stride, 1),
         _or(dilation, 1),
         _or(is_causal, False),
-        scale,
+        None if scale is False else scale,  # as some models have it; natten read whatever is false as None
         _tokens(additional_keys),
         _tokens(additional_values),
         return_lse=return_lse,
@@ -183,10 +183,11 @@ def av(
         if not isinstance(attn, Tensor) or attn.dim() == 0:
             what = "without dimensions" if isinstance(attn, Tensor) else f"a {type(attn).__name__}"
             raise ConstraintTypeError(f"attn is {what}; give a tensor [batch, heads, tokens.., slots]")
-        side = round(attn.shape[-1] ** (1 / place.rank))
-        if side**place.rank != attn.shape[-1]:
+        slots = int(attn.shape[-1])  # a tensor, while torch.jit.trace records
+        side = round(slots ** (1 / place.rank))
+        if side**place.rank != slots:
             raise ConstraintError(
-                f"attn has {attn.shape[-1]} slots a query, no {place.rank}-D window of equal sides, and this level "
+                f"attn has {slots} slots a query, no {place.rank}-D window of equal sides, and this level "
                 f"reads the kernel size off it; use a level from 0.14.5 on"
             )
         kernel_size = side

@@ -7,13 +7,15 @@ started anew know nothing of it; `for_new_processes` gives them a folder.
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import os
+import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +24,8 @@ from typing import Any
 from natten_ops.compat.errors import ConstraintError
 from natten_ops.compat.module import ROOT, tree
 from natten_ops.compat.rows import resolve
+
+_lock = threading.RLock()  # of what is installed
 
 
 class Distribution(importlib.metadata.Distribution):
@@ -85,17 +89,18 @@ def install_as_natten(version: str, force: bool = False) -> ModuleType:
         >>> compat.uninstall()
     """
     level, release = resolve(version)
-    imported = sys.modules.get(ROOT)
-    if _installed() is None and imported is not None and not force:
-        raise ConstraintError(
-            f"natten is imported already, from {getattr(imported, '__file__', None)}; call install_as_natten before "
-            f"anything imports it, or with force=True to replace it"
-        )
-    uninstall()
-    finder = Finder(level, release, _take_away())
-    sys.modules.update(finder.modules)
-    sys.meta_path.insert(0, finder)
-    return finder.modules[ROOT]
+    with _lock:
+        imported = sys.modules.get(ROOT)
+        if _installed() is None and imported is not None and not force:
+            raise ConstraintError(
+                f"natten is imported already, from {getattr(imported, '__file__', None)}; call install_as_natten before "
+                f"anything imports it, or with force=True to replace it"
+            )
+        uninstall()
+        finder = Finder(level, release, _take_away())
+        sys.modules.update(finder.modules)
+        sys.meta_path.insert(0, finder)
+        return finder.modules[ROOT]
 
 
 def uninstall() -> None:
@@ -105,11 +110,12 @@ def uninstall() -> None:
         >>> from natten_ops import compat
         >>> compat.uninstall()
     """
-    finder = _installed()
-    if finder is not None:
-        sys.meta_path.remove(finder)
-        _take_away()
-        sys.modules.update(finder.hidden)
+    with _lock:
+        finder = _installed()
+        if finder is not None:
+            sys.meta_path.remove(finder)
+            _take_away()
+            sys.modules.update(finder.hidden)
 
 
 _PACKAGE = """# What `import natten` finds first in a process started by a script of `python -m natten_ops.compat`.
@@ -122,33 +128,30 @@ compat.install_as_natten(version={release!r})
 """
 
 
-@contextlib.contextmanager
-def for_new_processes(release: str) -> Iterator[None]:
-    """Let Python processes that are started meanwhile (multiprocessing's spawn, subprocess) find a release too.
+def for_new_processes(release: str) -> None:
+    """Let Python processes that this one starts (multiprocessing's spawn, subprocess) find a release too, while it runs.
 
     They get a folder in PYTHONPATH with a package natten, which installs the release when it is imported, and its
     metadata, so all three ways of looking say yes before anything is imported. It is in `sys.path` as well, which
-    multiprocessing hands on in place of PYTHONPATH; in this process an installed release comes first.
+    multiprocessing hands on in place of PYTHONPATH; in this process an installed release comes first. The folder goes
+    when the interpreter ends: after the script's threads, and after what it registered with atexit.
     """
+    folder = tempfile.mkdtemp(prefix="natten_ops_compat_")
+    atexit.register(_remove, folder, os.getpid())
+    files = {f"{ROOT}-{release}.dist-info/{file}": text for file, text in Distribution(release).texts.items()}
+    files[f"{ROOT}/__init__.py"] = _PACKAGE.format(release=release)
+    for file, text in files.items():
+        path = Path(folder, file)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
     before = os.environ.get("PYTHONPATH")
-    with tempfile.TemporaryDirectory(prefix="natten_ops_compat_", ignore_cleanup_errors=True) as name:
-        files = {f"{ROOT}-{release}.dist-info/{file}": text for file, text in Distribution(release).texts.items()}
-        files[f"{ROOT}/__init__.py"] = _PACKAGE.format(release=release)
-        for file, text in files.items():
-            path = Path(name, file)
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        os.environ["PYTHONPATH"] = name if not before else os.pathsep.join((name, before))
-        sys.path.insert(1, name)  # the script's own folder stays first
-        try:
-            yield
-        finally:
-            with contextlib.suppress(ValueError):  # the script may have made a path of its own
-                sys.path.remove(name)
-            if before is None:
-                os.environ.pop("PYTHONPATH", None)
-            else:
-                os.environ["PYTHONPATH"] = before
+    os.environ["PYTHONPATH"] = os.pathsep.join((folder, before)) if before else folder
+    sys.path.insert(1, folder)  # the script's own folder stays first
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked process ends earlier
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _installed() -> Finder | None:
@@ -157,5 +160,5 @@ def _installed() -> Finder | None:
 
 def _take_away() -> dict[str, ModuleType]:
     """Remove natten and its modules from the imported ones."""
-    names = [name for name in sys.modules if name.partition(".")[0] == ROOT]
+    names = [name for name in list(sys.modules) if name.partition(".")[0] == ROOT]
     return {name: sys.modules.pop(name) for name in names}

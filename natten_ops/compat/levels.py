@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from natten_ops.compat import full_attention, functions, settings
+from natten_ops.compat import full_attention, functions, inner, settings
 from natten_ops.compat.nn_modules import class_of
 from natten_ops.compat.rows import LEVELS, Place, Row, value_of
 from natten_ops.compat.types import KernelSchedule, MemoryUsagePreference, alias
@@ -27,6 +27,7 @@ UP_TO_017, FROM_015_TO_017, FROM_017, FROM_020 = LEVELS[:4], LEVELS[2:4], LEVELS
 RANKS, FLAT = (1, 2, 3), (1, 2)
 
 FUNCTIONAL, FLOPS = "natten.functional", "natten.flops"
+AND_FILES = f"natten.natten{{n}}d {FUNCTIONAL}"  # the modules' files imported them, and models from there
 CHECKS, UTILS_AND_CHECKS = "natten.utils.checks", "natten.utils natten.utils.checks"
 OLD_CLASS = "NeighborhoodAttention{n}D"
 WINDOW, WINDOW_3D = "kernel_size, dilation", "kernel_size_d, kernel_size, dilation_d, dilation"
@@ -76,19 +77,19 @@ CLASSES = (
 )  # fmt: skip
 
 UNFUSED = (
-    Row("natten{n}dqkrpb", FUNCTIONAL, AT_014, "query, key, rpb, dilation", functions.qk, FLAT),
-    Row("natten{n}dav", FUNCTIONAL, AT_014, "attn, value, dilation", functions.av, FLAT),
+    Row("natten{n}dqkrpb", AND_FILES, AT_014, "query, key, rpb, dilation", functions.qk, FLAT),
+    Row("natten{n}dav", AND_FILES, AT_014, "attn, value, dilation", functions.av, FLAT),
     Row("natten{n}dqk", FUNCTIONAL, AT_0145, f"query, key, {WINDOW}", functions.qk, FLAT),
-    Row("natten{n}dqkrpb", FUNCTIONAL, AT_0145, f"query, key, rpb, {WINDOW}", functions.qk, FLAT),
-    Row("natten{n}dav", FUNCTIONAL, AT_0145, f"attn, value, {WINDOW}", functions.av, FLAT),
+    Row("natten{n}dqkrpb", AND_FILES, AT_0145, f"query, key, rpb, {WINDOW}", functions.qk, FLAT),
+    Row("natten{n}dav", AND_FILES, AT_0145, f"attn, value, {WINDOW}", functions.av, FLAT),
     *(  # volumes give their first axis apart; a cube's two numbers, which those releases refused, are taken too
         row._replace(shorter=row.parameters.replace(WINDOW_3D, WINDOW)) if window == WINDOW_3D else row
         for window, ranks in ((WINDOW, FLAT), (WINDOW_3D, (3,)))
         for row in (
             Row("na{n}d_qk natten{n}dqk", FUNCTIONAL, AT_015, f"query, key, {window}, {MORE_KEYS}", functions.qk, ranks),
-            Row("na{n}d_qk_with_bias", FUNCTIONAL, FROM_015_TO_017, f"query, key, bias, {window}, {MORE_KEYS}", functions.qk, ranks),
+            Row("na{n}d_qk_with_bias", AND_FILES, FROM_015_TO_017, f"query, key, bias, {window}, {MORE_KEYS}", functions.qk, ranks),
             Row("natten{n}dqkrpb", FUNCTIONAL, FROM_015_TO_017, f"query, key, rpb, {window}", functions.qk, ranks),
-            Row("na{n}d_av natten{n}dav", FUNCTIONAL, AT_015, f"attn, value, {window}, {MORE_VALUES}", functions.av, ranks),
+            Row("na{n}d_av natten{n}dav", AND_FILES, AT_015, f"attn, value, {window}, {MORE_VALUES}", functions.av, ranks),
             Row("natten{n}dqk", FUNCTIONAL, AT_017, f"query, key, {window}", functions.qk, ranks),
             Row("natten{n}dav", FUNCTIONAL, AT_017, f"attn, value, {window}", functions.av, ranks),
         )
@@ -143,12 +144,12 @@ CHECKING = (
 # Prefix of the name, kernels, what an entry of natten's list looks like: sizes of tiles, and more; all left open.
 TILES = (None, None)
 CONFIGURATIONS = tuple(
-    Row(f"{prefix}_for_{kernel}_{kind}", "natten", FROM_020, "query, key, value", functions.Configurations(entry))
-    for prefix, kernels, entry in (
-        ("get_configs", ("cutlass", "cutlass_blackwell", "flex"), TILES),
-        ("get_configs", ("cutlass_hopper",), (TILES, None)),
-        ("get_bwd_configs", ("cutlass_blackwell", "cutlass_hopper"), TILES),
-        ("get_bwd_configs", ("cutlass",), (*TILES, None, False)),
+    Row(f"{prefix}_for_{kernel}_{kind}", "natten", levels, "query, key, value", functions.Configurations(entry))
+    for prefix, kernels, entry, levels in (
+        ("get_configs", ("cutlass", "cutlass_blackwell", "flex"), TILES, FROM_020),
+        ("get_configs", ("cutlass_hopper",), (TILES, None), FROM_020),
+        ("get_bwd_configs", ("cutlass_blackwell", "cutlass_hopper"), TILES, ("0.21",)),
+        ("get_bwd_configs", ("cutlass",), (*TILES, None, False), FROM_020),
     )
     for kernel in kernels
     for kind in ("fmha", "fna")
@@ -174,6 +175,7 @@ ROWS: tuple[Row, ...] = (
     + FUSED
     + full_attention.ROWS
     + settings.ROWS
+    + inner.ROWS
     + COUNTING
     + CHECKING
     + CONFIGURATIONS
@@ -196,8 +198,14 @@ def names_at(level: str) -> dict[str, dict[str, Entry]]:
 
 
 def levels_with(module: str, name: str) -> list[str]:
-    """The levels that have a name."""
-    return [level for level in LEVELS if name in names_at(level).get(module, ())]
+    """The levels that have a name, or a module of that name."""
+    inside = f"{module}.{name}"
+    return [
+        level
+        for level in LEVELS
+        if name in names_at(level).get(module, ())
+        or any(path == inside or path.startswith(f"{inside}.") for path in names_at(level))
+    ]
 
 
 def names_table() -> str:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""The modules of every level: those of `natten_ops.nn` with the constructor of the level, and its padding.
+"""The modules of every level: those of `natten_ops.nn` with the constructor, attributes and padding of the level.
 
 Parameters have the names and shapes of natten's, so a checkpoint of any level loads into any other and into
-`natten_ops.nn`, as long as both have a bias table or none.
+`natten_ops.nn`, as long as both have a bias table or none. Attributes are the level's too, and what they hold counts:
+subclasses read them, and set others.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,19 +23,31 @@ PADDED = LEVELS[: LEVELS.index("0.17")]
 # Arguments of the releases whose names differ from ours, and those that have no effect.
 RENAMED = {"dim": "embed_dim", "bias": "rel_pos_bias"}
 WITHOUT_EFFECT = ("use_experimental_ops",)
+# What a printed module tells of those that its level has.
+SHOWN = ("head_dim", "num_heads", "kernel_size", "kernel_size_d", "stride", "dilation", "dilation_d", "is_causal")
 
 
 def class_of(row: Row, place: Place) -> type[torch.nn.Module]:
-    """The module class of a row: our module, constructed as this level does; padded before 0.17."""
-    signature = parse(row.parameters)
-    binder = Binder.of(f"{place.name}() of natten {place.level}", signature)
-    base, padded = BASES[place.rank], place.level in PADDED
+    """The module class of a row; names of one row at one level are one class."""
+    return _class(place.level, place.rank, place.module, row.parameters)
+
+
+@functools.cache
+def _class(level: str, rank: int, module: str, parameters: str) -> type[torch.nn.Module]:
+    """Our module, constructed as this level does; padded before 0.17."""
+    name, signature = f"NeighborhoodAttention{rank}D", parse(parameters)
+    binder = Binder.of(f"{name}() of natten {level}", signature)
+    base, padded = BASES[rank], level in PADDED
+    shown = [name for name in SHOWN if name == "head_dim" or name in signature.parameters]
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            base.__init__(self, **_our_arguments(binder.bind(args, kwargs)))
+            arguments = binder.bind(args, kwargs)
+            ours = _our_arguments(arguments)
+            base.__init__(self, **ours)
         except (ValueError, TypeError) as error:
             raise constraint(error) from error
+        vars(self).update(_attributes(self, arguments, ours, padded))
 
     def forward(self: Any, x: Tensor) -> Tensor:
         try:
@@ -41,12 +55,18 @@ def class_of(row: Row, place: Place) -> type[torch.nn.Module]:
         except (ValueError, TypeError) as error:
             raise constraint(error) from error
 
-    text = f"`natten_ops.nn.{base.__name__}` as natten {place.level} constructs it: {place.name}{signature}."
+    def extra_repr(self: Any) -> str:
+        parts = [f"{key}={getattr(self, key)}" for key in shown]
+        biased = {"bias", "rel_pos_bias"} & set(signature.parameters)
+        return ", ".join([*parts, f"rel_pos_bias={self.rpb is not None}"] if biased else parts)
+
+    text = f"`natten_ops.nn.{base.__name__}` as natten {level} constructs it: {name}{signature}."
     if padded:
         text += " Inputs shorter than kernel_size * dilation are padded with zeros at the end, and the output cropped."
-    members = {"__init__": __init__, "forward": forward, "scale": property(_scale), "__signature__": signature}
-    names = {"__doc__": text, "__module__": place.module, "__qualname__": place.name}
-    return type(place.name, (base,), {**members, **names})
+    members = {"__init__": __init__, "forward": forward, "extra_repr": extra_repr, "__signature__": signature}
+    hooks = {"_windows": _windows_of_numbers if padded else base._windows, "_scale": lambda self: self.scale}
+    names = {"__doc__": text, "__module__": module, "__qualname__": name}
+    return type(name, (base,), {**members, **hooks, **names})
 
 
 def _our_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +79,40 @@ def _our_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         depth = found.pop(f"{name}_d", None)
         if depth is not None:
             found[name] = (depth, found[name], found[name])
+    if found["qk_scale"] is False:  # as some models have it; natten read whatever is false as None
+        found["qk_scale"] = None
     return found
+
+
+def _attributes(module: Any, arguments: dict[str, Any], ours: dict[str, Any], padded: bool) -> dict[str, Any]:
+    """What the modules of this level had beside their parameters and the settings that are as in `natten_ops.nn`."""
+    found: dict[str, Any] = {"scale": module.head_dim**-0.5 if module.qk_scale is None else module.qk_scale}
+    if "use_experimental_ops" in arguments:
+        found |= {"use_experimental_ops": arguments["use_experimental_ops"], "attn_drop_rate": arguments["attn_drop"]}
+    if "embed_dim" in arguments:
+        found |= {"na_dim": module.rank, "expected_input_tensor_rank": module.rank + 2}
+    if not padded:
+        return found
+    # One number for all axes, except for the first of a volume; a tuple stays one.
+    for name in ("kernel_size", "dilation"):
+        found[name] = 1 if arguments[name] is None else arguments[name]
+        if module.rank == 3:
+            found[f"{name}_d"] = ours[name][0] if isinstance(ours[name], tuple) else ours[name]
+    for axis in ("", "_d") if module.rank == 3 else ("",):
+        kernel_size, dilation = found[f"kernel_size{axis}"], found[f"dilation{axis}"]
+        if isinstance(kernel_size, int) and isinstance(dilation, int):
+            found[f"window_size{axis}"] = kernel_size * dilation
+    return found
+
+
+def _windows_of_numbers(module: Any) -> dict[str, Any]:
+    """The settings of the ops from attributes of 0.14 to 0.15."""
+
+    def of_axes(name: str) -> Any:
+        value = getattr(module, name)
+        return (getattr(module, f"{name}_d"), value, value) if module.rank == 3 and isinstance(value, int) else value
+
+    return {"kernel_size": of_axes("kernel_size"), "dilation": of_axes("dilation")}
 
 
 def _run_padded(base: Any, module: Any, x: Tensor) -> Tensor:
@@ -67,7 +120,8 @@ def _run_padded(base: Any, module: Any, x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or x.dim() != base.rank + 2:
         return base.forward(module, x)  # refuses it with its sentence
     lengths = x.shape[1:-1]
-    spans = [kernel * dilation for kernel, dilation in zip(module.kernel_size, module.dilation)]
+    settings = ((value,) * base.rank if isinstance(value, int) else value for value in module._windows().values())
+    spans = [kernel * dilation for kernel, dilation in zip(*settings)]
     if all(length >= span for length, span in zip(lengths, spans)):
         return base.forward(module, x)
     widths = [0, 0]
@@ -77,9 +131,3 @@ def _run_padded(base: Any, module: Any, x: Tensor) -> Tensor:
     for axis, length in enumerate(lengths):
         out = out.narrow(axis + 1, 0, length)
     return out
-
-
-def _scale(module: Any) -> float:
-    """The factor of the dot products that the module uses."""
-    scale: float = module.head_dim**-0.5 if module.qk_scale is None else module.qk_scale
-    return scale

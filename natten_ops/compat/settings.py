@@ -7,6 +7,8 @@ a model that sets one and reads it back goes on, and what contradicted then cont
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from natten_ops.compat.errors import ConstraintError, ConstraintTypeError
 from natten_ops.compat.rows import LEVELS, Place, Row
 from natten_ops.compat.types import MemoryUsagePreference
 
+_log = logging.getLogger("natten_ops")
 AT_017 = ("0.17",)
 FROM_017 = LEVELS[LEVELS.index("0.17") :]
 FROM_020 = LEVELS[LEVELS.index("0.20") :]
@@ -45,7 +48,7 @@ FIELDS = {
     "warmup_steps_backward": Field(int, 5),
     "steps_forward": Field(int, 5),
     "steps_backward": Field(int, 5),
-    "tf32": Field(bool, False),
+    "tf32": Field(bool, True),
     "tiled": Field(bool, True),
     "gemm": Field(bool, True),
     "flex_compile": Field(bool, False),
@@ -71,14 +74,19 @@ class State:
         return self.changed.get((level, field), default)
 
     def update(self, level: str, values: dict[str, tuple[str, Any]]) -> None:
-        """Set {field: (argument, value)}, all or none.
+        """Set {field: (argument, value)}, all or none; what contradicts torch's own deterministic mode stays as it is.
 
         Raises:
-            ValueError: a value that the field cannot have, or one that contradicts deterministic mode.
+            ValueError: a value that the field cannot have, or one that contradicts natten's deterministic mode.
         """
         checked = {field: _checked(FIELDS[field].kind, *given) for field, given in values.items()}
         for field in NOT_DETERMINISTIC:
-            if checked.get(field) and self.get(level, "deterministic"):
+            if not checked.get(field):
+                continue
+            if torch.are_deterministic_algorithms_enabled():
+                _log.warning("%s=True is ignored: torch's deterministic mode is on", values[field][0])
+                del checked[field]
+            elif self.get(level, "deterministic"):
                 argument = values[field][0]
                 raise ConstraintError(
                     f"{argument}=True contradicts deterministic mode; call use_deterministic_algorithms(False) first"
@@ -109,12 +117,16 @@ def reset() -> None:
     STATE.reset()
 
 
+def _small(preference: MemoryUsagePreference) -> str:
+    return preference.name.lower()
+
+
 def _checked(kind: type, argument: str, value: Any) -> Any:
-    if issubclass(kind, str):
-        names = [member.value for member in kind]  # type: ignore[attr-defined]
+    if kind is MemoryUsagePreference and not isinstance(value, kind):
+        names = {_small(member): member for member in MemoryUsagePreference}
         if value not in names:
             raise ConstraintError(f"{argument}={value!r} is unknown; give one of {', '.join(map(repr, names))}")
-        return kind(value)
+        return names[value]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         article = "True or False" if kind is bool else "an int"
         raise ConstraintTypeError(f"{argument}={value!r} is a {type(value).__name__}; give {article}")
@@ -158,20 +170,31 @@ class Setter:
         return STATE.get(place.level, self.returns) if self.returns else None
 
 
-class Context:
-    """NattenContext or AutotunerContext: `reset()`, and each setting as an attribute that can be read."""
+class ContextType(type):
+    """NattenContext and AutotunerContext were classes whose attributes were the settings; here those of the one state."""
 
-    def __init__(self, level: str, fields: dict[str, str]) -> None:
-        self._level, self._fields = level, fields
+    _level: str
+    _fields: dict[str, str]
 
-    def reset(self) -> None:
+    def reset(cls) -> None:
         """The settings of this level and kind back to their defaults."""
-        STATE.reset(self._level, tuple(self._fields.values()))
+        STATE.reset(cls._level, tuple(cls._fields.values()))
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._fields:
-            raise AttributeError(f"no setting {name!r}; there are {', '.join(self.__dict__.get('_fields', ()))}")
-        return STATE.get(self._level, self._fields[name])
+    def __getattr__(cls, name: str) -> Any:
+        if name in cls._fields:
+            return STATE.get(cls._level, cls._fields[name])
+        if name.removeprefix("set_") in cls._fields:
+            return functools.partial(cls._set, name.removeprefix("set_"))
+        raise AttributeError(f"no setting {name!r}; there are {', '.join(cls._fields)}")
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name not in cls._fields:
+            raise AttributeError(f"no setting {name!r}; there are {', '.join(cls._fields)}")
+        cls._set(name, value)
+
+    def _set(cls, name: str, value: Any) -> None:
+        if value is not None:
+            STATE.update(cls._level, {cls._fields[name]: (name, value)})
 
 
 CONTEXT_FIELDS = {
@@ -195,9 +218,16 @@ CONTEXT_FIELDS = {
 }
 
 
-def context_of(row: Row, place: Place) -> Context:
-    """The context object of a level."""
-    return Context(place.level, CONTEXT_FIELDS[place.name])
+def context_of(row: Row, place: Place) -> ContextType:
+    """The context class of a level."""
+    text = f"The settings of natten {place.level} as attributes; they have no effect on what natten_ops computes."
+    members = {
+        "_level": place.level,
+        "_fields": CONTEXT_FIELDS[place.name],
+        "__doc__": text,
+        "__module__": place.module,
+    }
+    return ContextType(place.name, (), members)
 
 
 # ---- what runs where -----------------------------------------------------------------------------------------------
@@ -286,7 +316,7 @@ ROWS: tuple[Row, ...] = (
     _row("set_memory_usage_preference", "pref='default'", Setter({"memory": "pref"}), FROM_017),
     _row("get_memory_usage_preference", "", Getter("memory"), FROM_017),
     *(
-        _row(f"is_memory_usage_{preference.value}", "", Getter("memory", equals=preference), FROM_017)
+        _row(f"is_memory_usage_{_small(preference)}", "", Getter("memory", equals=preference), FROM_017)
         for preference in MemoryUsagePreference
     ),
     _row(

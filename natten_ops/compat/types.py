@@ -15,12 +15,12 @@ class KernelSchedule(enum.Enum):
     WarpSpecializedPingpong = 2
 
 
-class MemoryUsagePreference(str, enum.Enum):
-    """What `set_memory_usage_preference` was given; it has no effect here."""
+class MemoryUsagePreference(enum.Enum):
+    """What `set_memory_usage_preference` was given, in small letters; it has no effect here."""
 
-    Default = "default"
-    Strict = "strict"
-    Unrestricted = "unrestricted"
+    Default = 0
+    Strict = 1
+    Unrestricted = 2
 
 
 def alias(base: type, rank: int, or_one: bool) -> Any:
