@@ -74,6 +74,35 @@ def test_processes_that_the_script_starts_find_the_release_too(tmp_path):
     assert others[:3] == ["True 0.17.3 False", "0.17.3 0.17.3 True", "False"]
 
 
+RUN = """
+from dataclasses import dataclass, fields
+import multiprocessing, os, sys
+
+@dataclass
+class Point:
+    x: int
+
+def late():
+    import time; time.sleep(1)
+    import natten; print("late", natten.__version__)
+
+if __name__ == "__main__":
+    print(fields(Point)[0].type, os.path.isabs(__file__), __spec__)
+    multiprocessing.get_context("spawn").Process(target=late).start()  # not waited for, which Python does in the end
+"""
+
+
+def test_a_script_is_run_as_python_runs_it(tmp_path):
+    """With its own rules for annotations, a full path, and children that it leaves to the end of the interpreter."""
+    (tmp_path / "script.py").write_text(RUN)
+    (tmp_path / "script.pyc").write_bytes(b"\0\1\2")
+    command = [sys.executable, "-m", "natten_ops.compat", "--level", "0.17.3"]
+    done = subprocess.run([*command, "script.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert sorted(done.stdout.splitlines()) == ["<class 'int'> True None", "late 0.17.3"], done.stderr
+    done = subprocess.run([*command, "script.pyc"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "script.pyc is no Python source; give a .py file" in done.stderr
+
+
 LATE = """
 import atexit, os, pickle, subprocess, sys, threading, time
 
@@ -104,7 +133,8 @@ print(os.environ["PYTHONPATH"])
 def test_what_outlives_the_last_line_finds_the_release_too(tmp_path, before):
     """Threads, what runs at exit (of a forked process too), pickles of the script's classes; then the folder is gone."""
     (tmp_path / "script.py").write_text(LATE)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    unset = ("PYTHONPATH", "PYTHONUNBUFFERED")  # lines come out when a process ends
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {} if before is None else {"PYTHONPATH": before}
     command = [sys.executable, "-m", "natten_ops.compat", "--level", "0.17.3", tmp_path / "script.py"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: MIT
 """What models took from inside of natten: attributes of its modules, autograd functions, handles of counters, helpers."""
 
+import sys
 import threading
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 import natten_ops
 from natten_ops import compat, flops
 from natten_ops.compat.functions import AV, QK
+from natten_ops.compat.types import MemoryUsagePreference as Memory
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 def at(level):
@@ -33,7 +42,7 @@ def test_modules_have_the_attributes_of_their_level(level):
     module = at(level).NeighborhoodAttention2D(*arguments)
     assert {name: getattr(module, name) for name in expected} == expected
     assert module.scale == 8**-0.5 and (module.num_heads, module.head_dim) == (2, 8)
-    assert module.attn_drop.p == module.proj_drop.p == 0
+    assert module.proj_drop.p == 0 and (level == "0.21" or module.attn_drop.p == 0)
     assert module.extra_repr().startswith("head_dim=8, num_heads=2, kernel_size=")
     assert ("rel_pos_bias" in module.extra_repr()) == (level != "0.21")
 
@@ -92,6 +101,12 @@ def test_a_scale_that_is_false_is_the_default(level):
         query, key, value = torch.randn(3, 1, 6, 6, 2, 8).unbind()
         have, want = (at(level).functional.na2d(query, key, value, 3, scale=scale) for scale in (False, None))
         assert torch.equal(have, want)
+
+
+def test_numbers_of_numpy_and_flags_as_probabilities():
+    module = at("0.15").NeighborhoodAttention3D(8, 2, np.int64(3), attn_drop=False, proj_drop=np.float32(0.5))
+    assert module(torch.randn(1, 4, 4, 4, 8)).shape == (1, 4, 4, 4, 8) and module.window_size_d == 3
+    assert (module.attn_drop.p, module.proj_drop.p) == (0, 0.5)
 
 
 def test_the_oldest_name_is_the_same_class():
@@ -176,6 +191,36 @@ def test_loggers_and_lengths_keep_what_they_have():
     lengths = torch.tensor([3, 4], dtype=torch.int32)
     starts, *_ = at("0.21").utils.varlen.generate_varlen_parameters(query, query, query, lengths, lengths)
     assert starts.dtype == torch.int32 and starts.tolist() == [0, 3, 7]
+    many = torch.randn(1, 300, 2, 4)
+    small = torch.tensor([100, 200], dtype=torch.uint8)  # whose sums do not fit into it
+    starts, *_ = at("0.21").utils.varlen.generate_varlen_parameters(many, many, many, small, small)
+    assert starts.tolist() == [0, 100, 300]
+
+
+def test_contexts_are_classes_whose_attributes_are_the_settings():
+    context = compat.natten(version="0.17").context
+    natten, tuner = context.NattenContext, context.AutotunerContext
+    assert isinstance(natten, type) and isinstance(tuner, type)
+    natten.is_fused_na_enabled = True
+    tuner.set_enabled_for_forward(True)
+    tuner.set_steps_forward(None)  # leaves it
+    natten.training_memory_preference = Memory.Strict
+    assert context.is_fused_na_enabled() and context.is_autotuner_enabled_for_forward() and tuner.steps_forward == 5
+    assert context.is_memory_usage_strict() and natten.is_fused_na_enabled
+    natten.reset()
+    assert not context.is_fused_na_enabled() and context.is_memory_usage_default() and tuner.enabled_for_forward
+    compat.reset()
+    assert not tuner.enabled_for_forward
+    with mock.patch.object(natten, "is_fused_na_enabled", True):
+        assert context.is_fused_na_enabled()
+    assert not context.is_fused_na_enabled()
+    with pytest.raises(AttributeError, match="no setting 'is_fast'; there are is_deterministic_mode_enabled"):
+        natten.is_fast = True
+    with pytest.raises(compat.ConstraintError, match="is_fused_na_enabled='yes' is a str"):
+        natten.is_fused_na_enabled = "yes"
+    with pytest.raises(compat.ConstraintError, match="is unknown; give one of 'default'"):
+        natten.set_training_memory_preference(["strict"])
+    natten().reset()
 
 
 def test_missing_modules_say_which_levels_have_them():
@@ -193,6 +238,8 @@ def test_threads_may_install_at_once():
             except Exception as error:
                 mistakes.append(error)
 
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     try:
         threads = [threading.Thread(target=install) for _ in range(4)]
         for thread in threads:
@@ -200,5 +247,6 @@ def test_threads_may_install_at_once():
         for thread in threads:
             thread.join()
     finally:
+        sys.setswitchinterval(before)
         compat.uninstall()
     assert not mistakes

@@ -89,25 +89,6 @@ def test_getters_say_what_setters_set_and_reset_forgets_it(level, setter, argume
     assert get() == (after if kept else before)
 
 
-def test_contexts_are_classes_whose_attributes_are_the_settings():
-    context = compat.natten(version="0.17").context
-    natten, tuner = context.NattenContext, context.AutotunerContext
-    assert isinstance(natten, type) and isinstance(tuner, type)
-    natten.is_fused_na_enabled = True
-    tuner.set_enabled_for_forward(True)
-    tuner.set_steps_forward(None)  # leaves it
-    natten.training_memory_preference = Memory.Strict
-    assert context.is_fused_na_enabled() and context.is_autotuner_enabled_for_forward() and tuner.steps_forward == 5
-    assert context.is_memory_usage_strict() and natten.is_fused_na_enabled
-    natten.reset()
-    assert not context.is_fused_na_enabled() and context.is_memory_usage_default() and tuner.enabled_for_forward
-    compat.reset()
-    assert not tuner.enabled_for_forward
-    with pytest.raises(AttributeError, match="no setting 'is_fast'; there are is_deterministic_mode_enabled"):
-        natten.is_fast = True
-    assert "'yes' is a str" in refusal(lambda: setattr(natten, "is_fused_na_enabled", "yes"))
-
-
 def test_torchs_own_deterministic_mode_ignores_what_contradicts_it(caplog):
     """As natten did: a line in the log, and the setting stays."""
     module = compat.natten(version="0.17")

@@ -276,10 +276,8 @@ def test_sentences():
         "holes": sentence(na1d, *[with_holes(query)] * 3, **k3),
         "begin": sentence(na1d, *[lines(query.values(), offsets + 1)] * 3, **k3),
         "end": sentence(na1d, query, lines(query.values()[:20], offsets + 0), query, **k3),
+        "empty": sentence(na1d, *[lines(query.values(), offsets[:0])] * 3, **k3),
         "order": sentence(na1d, *[lines(query.values(), torch.tensor([0, 9, 5, 21]))] * 3, **k3),
-        "merge": sentence(natten_ops.merge_attentions, [query], [query]),
-        "module": sentence(natten_ops.nn.NeighborhoodAttention1D(8, 2, 3), torch.nested.nested_tensor([draw(5, 8)])),
-        "module of grids": sentence(natten_ops.nn.NeighborhoodAttention2D(8, 2, 3), query),
         "box": sentence(
             natten_ops.neighborhood_attention, query, query, query, **k3, q_origin=[0], kv_origin=[0], extent=[9]
         ),
@@ -304,16 +302,26 @@ dims: query is a jagged tensor of 3 dims; give [samples, tokens, heads, head dim
 holes: query is ragged in dim 1, with holes; give [samples, tokens, heads, head dim], ragged in its tokens and without holes: query.contiguous()
 begin: query has offsets from 1 to 22; they must go from 0 to 21, the number of its tokens
 end: key has offsets from 0 to 21; they must go from 0 to 20, the number of its tokens
+empty: query has offsets without entries; give [samples + 1]
 order: query has offsets[2]=5 after offsets[1]=9; they must not descend
-merge: outputs[0] is a nested tensor; merge its samples one by one, or the values of lines
-module: input is nested as torch.strided; give a dense tensor, or, to the 1-D module, lines nested as torch.jagged
-module of grids: input is nested as torch.jagged; give a dense tensor, or, to the 1-D module, lines nested as torch.jagged
 box: q_origin, kv_origin and extent beside nested tensors; every sample is a whole grid
 grid window: sample 1: kernel_size[1]=5 with dilation[1]=1 spans 5 > 4 tokens on axis 1; lower one of them, or pad the grid
 grid sizes: key has [6, 6] tokens in sample 0, query [5, 6]; they must be equal
 rows of grids: additional_keys has 2 rows for 3 samples; give one a sample
 table beside dense: rpb is a nested tensor, which the op itself does not take; natten_ops.na1d and its kin take nested queries, keys and values, all of them, and nothing else nested""",  # noqa: E501
     )
+
+
+def test_modules_and_merges_say_what_they_take():
+    query = lines(draw(21, 2, 8), offsets_of([9, 5, 7]))
+    module = natten_ops.nn.NeighborhoodAttention1D(8, 2, 3)
+    holes = with_holes(lines(draw(21, 8), offsets_of([9, 5, 7])))
+    told = "give a dense tensor, or, to the 1-D module, lines nested as torch.jagged"
+    assert sentence(module, torch.nested.nested_tensor([draw(5, 8)])) == f"input is nested as torch.strided; {told}"
+    assert sentence(natten_ops.nn.NeighborhoodAttention2D(8, 2, 3), query) == f"input is nested as torch.jagged; {told}"
+    assert sentence(module, holes) == "input has holes between its lines; give input.contiguous()"
+    told = "outputs[0] is a nested tensor; merge its samples one by one, or the values of lines"
+    assert sentence(natten_ops.merge_attentions, [query], [query]) == told
 
 
 def test_the_raw_ops_name_the_argument():

@@ -48,7 +48,6 @@ NeighborhoodAttention2D(
   embed_dim=8, num_heads=2, kernel_size=(3, 3), num_kv_heads=1, dilation=(2, 1), is_causal=(True, False), rel_pos_bias=True
   (qkv): Linear(in_features=8, out_features=16, bias=True)
   (proj): Linear(in_features=8, out_features=8, bias=True)
-  (attn_drop): Dropout(p=0.0, inplace=False)
   (proj_drop): Dropout(p=0.0, inplace=False)
 )""",
     )
@@ -118,6 +117,22 @@ def test_the_attention_map_is_what_the_output_was_made_of(rank, kv_heads):
     )
     summed = getattr(natten_ops, f"na{rank}d_av")(weights, value, 3, dilation=2)
     torch.testing.assert_close(module.proj(summed.movedim(1, -2).flatten(-2)), out)
+
+
+def test_what_takes_the_place_of_the_dropout_counts():
+    """Nothing, an Identity, a flag of its own (dropout of Monte Carlo), and another module."""
+    torch.manual_seed(0)
+    module = NeighborhoodAttention2D(8, 2, 3, attn_drop=0.5)
+    x = torch.randn(1, 6, 6, 8)
+    plain = module.eval()(x)
+    module.attn_drop.train()
+    assert not torch.allclose(module(x), plain, atol=1e-3)
+    module.train()
+    for nothing in (None, torch.nn.Identity(), torch.nn.Dropout(0.0)):
+        module.attn_drop = nothing
+        assert torch.equal(module(x), plain)
+    module.attn_drop = torch.nn.Threshold(2, 0)  # no weight is above 2
+    torch.testing.assert_close(module(x), module.proj.bias.expand_as(x))
 
 
 def test_attention_dropout_is_applied_in_training_only():

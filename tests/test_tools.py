@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -192,6 +194,13 @@ def test_tensors_are_queries_too():
     assert torch.equal(
         visible_keys((6, 7), torch.tensor([2, 3]), kernel_size=3), visible_keys((6, 7), (2, 3), kernel_size=3)
     )
+    assert show((6, 7), torch.tensor([2, 3]), kernel_size=3) == show((6, 7), (2, 3), kernel_size=3)
+
+
+def test_pictures_can_be_pickled():
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the extra demo")
+    figure = draw_window((12,), (3,), kernel_size=5)
+    assert pickle.loads(pickle.dumps(figure)).axes[0].get_title() == figure.axes[0].get_title()
 
 
 def test_pictures_are_files(tmp_path):
@@ -234,6 +243,10 @@ def test_greys_are_drawn_as_they_are(image, grey):
         (torch.full((16, 24), 256, dtype=torch.int32), "image has values from 256 to 256"),
         (torch.full((16, 24), float("nan")), "image has values from nan to nan"),
         ("photo.png", "image is a str; give an array"),
+        (torch.rand(16, 24).bfloat16(), r"give image.detach\(\).float\(\), or an array"),
+        (torch.rand(16, 24).requires_grad_(), r"give image.detach\(\).float\(\), or an array"),
+        (torch.rand(16, 24).to(torch.complex64), "image has dtype torch.complex64; give floats"),
+        (np.full((16, 24), "a"), "image has dtype <U1; give floats"),
     ],
 )
 def test_what_is_no_image_is_refused(image, message):

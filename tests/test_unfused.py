@@ -282,7 +282,7 @@ def test_sentences():
 kernel: kernel_size[0]=9 with dilation[0]=1 spans 9 > 6 tokens on axis 0; lower one of them, or pad the grid
 stride: stride[0]=4 exceeds kernel_size[0]=3: queries between two windows would lose their own neighborhood; use a stride of 1 to 3
 float: kernel_size[0]=3.0 is a float; give an int
-numbers: kernel_size[0]=tensor([3, 3]) is a Tensor of several numbers; give an int
+numbers: kernel_size[0]=tensor([3, 3]) is a Tensor; give an int
 rank: query has shape [1, 2, 6, 8, 4]; unfused 1-D neighborhood attention takes 4 dims, heads first: [batch, heads, axis 0, head dim]
 heads last: key has shape [1, 6, 8, 2, 4], expected [1, 2, 6, 8, 4]: the shape of query
 dtype: key has dtype torch.float64, query torch.float32; cast them to one dtype

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from natten_ops import compat
 from natten_ops._command_line import OneLineParser
-from natten_ops.compat.install import for_new_processes
+from natten_ops.compat.install import for_new_processes, safe_path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,17 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser().error(str(error))
     folder = os.path.isdir(options.script)
-    script = os.path.join(options.script, "__main__.py") if folder else options.script
-    if not os.path.isfile(script):
+    script = Path(options.script, "__main__.py") if folder else Path(options.script)
+    if not script.is_file():
         parser().error(f"{script}: no such file")
+    source = script.read_bytes()
+    if b"\0" in source:
+        parser().error(f"{script} is no Python source; give a .py file, or a folder with a __main__.py")
     sys.argv = [options.script, *options.arguments]
-    if not getattr(sys.flags, "safe_path", False):  # then Python puts no folder first, nor was one put there for us
-        sys.path[0] = os.path.dirname(os.path.abspath(script))
+    if not safe_path():  # else Python puts no folder first, nor has it put one there for us
+        sys.path[0] = str(script.resolve().parent)
     for_new_processes(release)
     # Not runpy, which puts the old module back: pickles of the script's classes, and what runs at exit, need this one.
     sys.modules["__main__"] = module = types.ModuleType("__main__")
-    vars(module).update(__file__=script, __builtins__=builtins)
-    exec(compile(Path(script).read_bytes(), script, "exec"), vars(module))
+    vars(module).update(__file__=os.path.abspath(script), __builtins__=builtins)
+    exec(compile(source, os.fspath(script), "exec", dont_inherit=True), vars(module))
 
 
 if __name__ == "__main__":

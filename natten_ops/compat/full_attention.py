@@ -193,7 +193,8 @@ def _cumulative(query: Tensor, key: Tensor, lengths: Sequence[Tensor]) -> tuple[
             raise ConstraintError(
                 f"seqlens_{name}={count.tolist()} must be of the {tensor.shape[1]} tokens that there are"
             )
-        starts.append(pad(count.cumsum(0, dtype=count.dtype), [1, 0]))
+        sums = pad(count.cumsum(0), [1, 0])  # of int64
+        starts.append(sums.int() if count.dtype == torch.int32 else sums)
         longest.append(int(count.max()) if len(count) else 0)
     return tuple(starts), tuple(longest)
 

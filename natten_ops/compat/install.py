@@ -7,10 +7,10 @@ started anew know nothing of it; `for_new_processes` gives them a folder.
 
 from __future__ import annotations
 
-import atexit
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import multiprocessing.util
 import os
 import shutil
 import sys
@@ -134,10 +134,11 @@ def for_new_processes(release: str) -> None:
     They get a folder in PYTHONPATH with a package natten, which installs the release when it is imported, and its
     metadata, so all three ways of looking say yes before anything is imported. It is in `sys.path` as well, which
     multiprocessing hands on in place of PYTHONPATH; in this process an installed release comes first. The folder goes
-    when the interpreter ends: after the script's threads, and after what it registered with atexit.
+    when the interpreter ends: after the script's threads, what it registered with atexit, and the processes of
+    multiprocessing that it did not wait for.
     """
     folder = tempfile.mkdtemp(prefix="natten_ops_compat_")
-    atexit.register(_remove, folder, os.getpid())
+    multiprocessing.util.Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-100)
     files = {f"{ROOT}-{release}.dist-info/{file}": text for file, text in Distribution(release).texts.items()}
     files[f"{ROOT}/__init__.py"] = _PACKAGE.format(release=release)
     for file, text in files.items():
@@ -146,12 +147,12 @@ def for_new_processes(release: str) -> None:
         path.write_text(text)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join((folder, before)) if before else folder
-    sys.path.insert(1, folder)  # the script's own folder stays first
+    sys.path.insert(0 if safe_path() else 1, folder)  # the script's own folder stays first, where there is one
 
 
-def _remove(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # a forked process ends earlier
-        shutil.rmtree(folder, ignore_errors=True)
+def safe_path() -> bool:
+    """Whether Python was told to put no folder of its own before those of PYTHONPATH (`python -P`, from 3.11 on)."""
+    return bool(getattr(sys.flags, "safe_path", False))
 
 
 def _installed() -> Finder | None:

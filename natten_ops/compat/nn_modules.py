@@ -9,6 +9,7 @@ subclasses read them, and set others.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from natten_ops import nn
 from natten_ops.compat.errors import constraint
 from natten_ops.compat.rows import LEVELS, Binder, Place, Row, parse
+from natten_ops.geometry.params import integer
 
 BASES = {1: nn.NeighborhoodAttention1D, 2: nn.NeighborhoodAttention2D, 3: nn.NeighborhoodAttention3D}
 PADDED = LEVELS[: LEVELS.index("0.17")]
@@ -47,6 +49,8 @@ def _class(level: str, rank: int, module: str, parameters: str) -> type[torch.nn
             base.__init__(self, **ours)
         except (ValueError, TypeError) as error:
             raise constraint(error) from error
+        if "attn_drop" in arguments and self.attn_drop is None:
+            self.attn_drop = torch.nn.Dropout(0.0)
         vars(self).update(_attributes(self, arguments, ours, padded))
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -79,8 +83,10 @@ def _our_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         depth = found.pop(f"{name}_d", None)
         if depth is not None:
             found[name] = (depth, found[name], found[name])
-    if found["qk_scale"] is False:  # as some models have it; natten read whatever is false as None
-        found["qk_scale"] = None
+    # As some models have it: natten read a scale that is false as None, and torch's Dropout takes False for 0.
+    for name, value in (("qk_scale", None), ("attn_drop", 0.0), ("proj_drop", 0.0)):
+        if found.get(name) is False:
+            found[name] = value
     return found
 
 
@@ -95,9 +101,10 @@ def _attributes(module: Any, arguments: dict[str, Any], ours: dict[str, Any], pa
         return found
     # One number for all axes, except for the first of a volume; a tuple stays one.
     for name in ("kernel_size", "dilation"):
-        found[name] = 1 if arguments[name] is None else arguments[name]
+        given = 1 if arguments[name] is None else arguments[name]
+        found[name] = given if isinstance(given, Sequence) else integer(name, given)
         if module.rank == 3:
-            found[f"{name}_d"] = ours[name][0] if isinstance(ours[name], tuple) else ours[name]
+            found[f"{name}_d"] = integer(name, ours[name][0] if isinstance(ours[name], Sequence) else ours[name])
     for axis in ("", "_d") if module.rank == 3 else ("",):
         kernel_size, dilation = found[f"kernel_size{axis}"], found[f"dilation{axis}"]
         if isinstance(kernel_size, int) and isinstance(dilation, int):

@@ -124,7 +124,7 @@ def _small(preference: MemoryUsagePreference) -> str:
 def _checked(kind: type, argument: str, value: Any) -> Any:
     if kind is MemoryUsagePreference and not isinstance(value, kind):
         names = {_small(member): member for member in MemoryUsagePreference}
-        if value not in names:
+        if not isinstance(value, str) or value not in names:
             raise ConstraintError(f"{argument}={value!r} is unknown; give one of {', '.join(map(repr, names))}")
         return names[value]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -176,10 +176,6 @@ class ContextType(type):
     _level: str
     _fields: dict[str, str]
 
-    def reset(cls) -> None:
-        """The settings of this level and kind back to their defaults."""
-        STATE.reset(cls._level, tuple(cls._fields.values()))
-
     def __getattr__(cls, name: str) -> Any:
         if name in cls._fields:
             return STATE.get(cls._level, cls._fields[name])
@@ -192,9 +188,24 @@ class ContextType(type):
             raise AttributeError(f"no setting {name!r}; there are {', '.join(cls._fields)}")
         cls._set(name, value)
 
+    def __delattr__(cls, name: str) -> None:
+        STATE.reset(cls._level, (cls._fields[name],))  # what mock.patch does at the end
+
     def _set(cls, name: str, value: Any) -> None:
         if value is not None:
             STATE.update(cls._level, {cls._fields[name]: (name, value)})
+
+
+class Context(metaclass=ContextType):
+    """What the two classes have beside their settings."""
+
+    _level = ""
+    _fields: dict[str, str] = {}
+
+    @classmethod
+    def reset(cls) -> None:
+        """The settings of this level and kind back to their defaults."""
+        STATE.reset(cls._level, tuple(cls._fields.values()))
 
 
 CONTEXT_FIELDS = {
@@ -227,7 +238,7 @@ def context_of(row: Row, place: Place) -> ContextType:
         "__doc__": text,
         "__module__": place.module,
     }
-    return ContextType(place.name, (), members)
+    return ContextType(place.name, (Context,), members)
 
 
 # ---- what runs where -----------------------------------------------------------------------------------------------

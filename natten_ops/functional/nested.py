@@ -135,19 +135,24 @@ def _attend_lines(inputs: Any, params: NAParams, scale: float | None) -> tuple[T
     return like_lines(out, query), like_lines(lse, query)
 
 
+def has_holes(lines: Any) -> bool:
+    """Whether there are tokens between the samples of a jagged tensor."""
+    return lines.lengths() is not None
+
+
 def lines_of(name: str, tensor: Any, heads_first: bool = False) -> Any:
     """The offsets of a jagged tensor whose values are dense lines; heads first, they are those of a transposed one."""
     axes = "heads, tokens" if heads_first else "tokens, heads"
     if tensor.dim() != 4:
         raise ValueError(f"{name} is a jagged tensor of {tensor.dim()} dims; give [samples, {axes}, head dim]")
     ragged, steps = tensor._ragged_idx, []
-    if tensor.lengths() is not None:
+    if has_holes(tensor):
         steps = ["transpose(1, 2)", "contiguous()"] if ragged == 2 else ["contiguous()"]
         ragged = 1
     if ragged != 1 + heads_first:
         steps.append("transpose(1, 2)")
     if steps:
-        what = f"ragged in dim {tensor._ragged_idx}" + (", with holes" if tensor.lengths() is not None else "")
+        what = f"ragged in dim {tensor._ragged_idx}" + (", with holes" if has_holes(tensor) else "")
         raise ValueError(
             f"{name} is {what}; give [samples, {axes}, head dim], ragged in its tokens and without holes: "
             f"{name}.{'.'.join(steps)}"
@@ -158,6 +163,8 @@ def lines_of(name: str, tensor: Any, heads_first: bool = False) -> Any:
 def _bounds_of(name: str, tensor: Any) -> list[int]:
     """The offsets as numbers. torch takes any that somebody made; samples would be cut out of other samples."""
     bounds, tokens = tensor.offsets().tolist(), tensor._values.shape[tensor._ragged_idx - 1]
+    if not bounds:
+        raise ValueError(f"{name} has offsets without entries; give [samples + 1]")
     for i, (begin, end) in enumerate(zip(bounds, bounds[1:])):
         if end < begin:
             raise ValueError(f"{name} has offsets[{i + 1}]={end} after offsets[{i}]={begin}; they must not descend")
@@ -181,7 +188,7 @@ def like_lines(values: Tensor, like: Any) -> Tensor:
 def on_values(call: Callable[[Tensor], Tensor], tensor: Any) -> Tensor:
     """`call(tensor)` of what looks along the last dim alone, or the last two heads last; of jagged lines on their values.
 
-    torch 2.13's own softmax, dropout and repetition of jagged tensors raise where they are ragged in dim 2, or recorded.
+    Of jagged tensors that are ragged in dim 2, torch 2.13's own dropout and repetition raise, and its softmax in the backward.
     """
     if not tensor.is_nested:
         return call(tensor)

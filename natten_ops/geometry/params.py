@@ -204,8 +204,8 @@ def integer(name: str, value: Any) -> int:
     check_integer(name, value)
     try:
         return operator.index(value)
-    except TypeError:  # arrays are integers if they have one entry
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__} of several numbers; give an int") from None
+    except TypeError:  # arrays have the protocol, and are no integers unless they have one entry
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an int") from None
 
 
 def check_integer(name: str, value: Any) -> None:

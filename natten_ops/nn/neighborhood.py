@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from natten_ops import functional
-from natten_ops.functional.nested import on_values, split_heads
+from natten_ops.functional.nested import has_holes, on_values, split_heads
 from natten_ops.geometry.params import integer, make_params
 
 RPB_STD = 0.02  # of the truncated normal that initialises a bias table, as in Swin and NAT
@@ -94,7 +95,8 @@ class _NeighborhoodAttention(nn.Module):
             table = [2 * kernel - 1 for kernel in self.kernel_size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *table, device=device, dtype=dtype))
         self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
-        self.attn_drop = nn.Dropout(_probability("attn_drop", attn_drop))
+        attn_drop = _probability("attn_drop", attn_drop)
+        self.attn_drop = nn.Dropout(attn_drop) if attn_drop else None  # one that is never called is a warning of fvcore
         self.proj_drop = nn.Dropout(_probability("proj_drop", proj_drop))
         self.reset_parameters()
 
@@ -113,6 +115,8 @@ class _NeighborhoodAttention(nn.Module):
             raise ValueError(
                 f"input is nested as {x.layout}; give a dense tensor, or, to the 1-D module, lines nested as torch.jagged"
             )
+        if x.is_nested and has_holes(x):
+            raise ValueError("input has holes between its lines; give input.contiguous()")
         if x.dim() != self.rank + 2 or x.shape[-1] != self.embed_dim:
             axes = ", ".join(f"axis {axis}" for axis in range(self.rank))
             raise ValueError(f"input has shape {list(x.shape)}; give [batch, {axes}, embed_dim={self.embed_dim}]")
@@ -120,7 +124,7 @@ class _NeighborhoodAttention(nn.Module):
         # Views: the kernels read the packed projection in place.
         query, key, value = split_heads(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads])
         attention_map = None
-        if return_attention or (self.training and self.attn_drop.p > 0):
+        if return_attention or self._drops():
             out, attention_map = self._attend_unfused(query, key, value)
         else:
             scale, windows = self._scale(), self._windows()
@@ -136,6 +140,13 @@ class _NeighborhoodAttention(nn.Module):
     def _scale(self) -> float | None:
         return self.qk_scale
 
+    def _drops(self) -> bool:
+        """Whether weights are dropped now: by the Dropout, or by what took its place."""
+        drop: Any = self.attn_drop
+        if drop is None or isinstance(drop, nn.Identity):
+            return False
+        return not isinstance(drop, nn.Dropout) or (drop.training and drop.p > 0)
+
     def _attend_unfused(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The same attention with its weights in memory, which dropout and onlookers need."""
         scale, windows, group = self._scale(), self._windows(), self.num_heads // self.num_kv_heads
@@ -145,7 +156,9 @@ class _NeighborhoodAttention(nn.Module):
         qk, av = getattr(functional, f"na{self.rank}d_qk"), getattr(functional, f"na{self.rank}d_av")
         logits = qk(query * (self.head_dim**-0.5 if scale is None else scale), key, **windows, rpb=self.rpb)
         weights = on_values(lambda t: t.softmax(dim=-1), logits)
-        return av(on_values(self.attn_drop, weights), value, **windows).movedim(1, -2), weights
+        drop: Any = self.attn_drop
+        dropped = on_values(drop, weights) if self._drops() else weights
+        return av(dropped, value, **windows).movedim(1, -2), weights
 
     def extra_repr(self) -> str:
         """The settings that differ from the defaults, for `print(model)`."""
@@ -163,11 +176,12 @@ class _NeighborhoodAttention(nn.Module):
 
 
 def _probability(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number from 0 to 1")
-    if not 0 <= value <= 1:
+    number = float(value)
+    if not 0 <= number <= 1:
         raise ValueError(f"{name}={value} is no probability; give a number from 0 to 1")
-    return value
+    return number
 
 
 def _of_rank(rank: int) -> type[_NeighborhoodAttention]:

@@ -70,7 +70,7 @@ def attention_on_grid(
         raise ValueError(f"attention_map is {shape}; give a tensor [heads, 1 to 3 spatial axes, slots] of one sample")
     spatial_shape = attention_map.shape[1:-1]
     params = checked_params(spatial_shape, kernel_size, stride, dilation, is_causal)
-    check_query(query, spatial_shape)
+    query = check_query(query, spatial_shape)
     slots = math.prod(params.kernel_size)
     if attention_map.shape[-1] < slots:
         raise ValueError(

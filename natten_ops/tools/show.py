@@ -56,15 +56,15 @@ def visible_keys(
         [1, 1, 1, 0, 0, 0]
     """
     params = checked_params(spatial_shape, kernel_size, stride, dilation, is_causal)
-    check_query(query, spatial_shape)
+    query = check_query(query, spatial_shape)
     window = torch.ones((), dtype=torch.bool)
     for axis, (position, length) in enumerate(zip(query, spatial_shape)):
         window = window[..., None] & axis_mask(params, axis, length, length)[position]
     return window
 
 
-def check_query(query: Any, spatial_shape: Sequence[int]) -> None:
-    """Raise TypeError or ValueError unless the query is a token of the grid."""
+def check_query(query: Any, spatial_shape: Sequence[int]) -> tuple[int, ...]:
+    """The query's coordinates; TypeError or ValueError unless it is a token of the grid."""
     given = query.tolist() if hasattr(query, "tolist") else query  # an array or a tensor serves as well
     rank = len(spatial_shape)
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
@@ -72,9 +72,11 @@ def check_query(query: Any, spatial_shape: Sequence[int]) -> None:
         raise TypeError(f"query={query!r} is a {kind}; give one int for each of the {rank} axes, in a tuple")
     if len(given) != rank:
         raise ValueError(f"query={tuple(given)} has {len(given)} coordinates for {rank} spatial axes; give {rank}")
-    for axis, (position, length) in enumerate(zip(given, spatial_shape)):
-        if not 0 <= integer(f"query[{axis}]", position) < length:
+    found = tuple(integer(f"query[{axis}]", position) for axis, position in enumerate(given))
+    for axis, (position, length) in enumerate(zip(found, spatial_shape)):
+        if not 0 <= position < length:
             raise ValueError(f"query[{axis}]={position} is outside of the grid; give 0 to {length - 1}")
+    return found
 
 
 def show(spatial_shape: Sequence[int], query: Sequence[int], **geometry: Any) -> str:
@@ -98,7 +100,8 @@ def show(spatial_shape: Sequence[int], query: Sequence[int], **geometry: Any) ->
             ...#.Q.#....
     """
     window = visible_keys(spatial_shape, query, **geometry)
-    where = str(query[0]) if len(query) == 1 else str(tuple(query))
+    query = check_query(query, spatial_shape)
+    where = str(query[0]) if len(query) == 1 else str(query)
     lines = [f"{title_of(spatial_shape, **geometry)}: query {where} sees {int(window.sum())} keys"]
     if len(spatial_shape) < 3:
         return "\n".join(lines + _grid_lines(window, query))
@@ -149,18 +152,10 @@ def new_figure(columns: int = 1, rows: int = 1, width: float = 3.2, height: floa
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+        from natten_ops.tools._layout import Layout
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'natten-ops[demo]'") from error
-
-    class Layout(ConstrainedLayoutEngine):
-        """Repeated for titles of several lines: they shrink a picture of fixed proportions, and that moves its labels."""
-
-        def execute(self, fig: Figure) -> None:
-            tall = any("\n" in axes.get_title() for axes in fig.axes)
-            for _ in range(4 if tall else 1):
-                super().execute(fig)
-
     # No pyplot: a figure of one's own needs no display, no global state and no closing.
     figure = Figure(figsize=(width * columns, height * rows), layout=Layout())
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -281,6 +276,13 @@ def check_image(image: Any, spatial_shape: Sequence[int]) -> None:
     if len(shape) not in (2, 3) or 0 in shape or shape[2:] not in ((), (1,), (3,), (4,)):
         what = f"has shape {list(shape)}" if hasattr(image, "shape") else f"is a {type(image).__name__}"
         raise ValueError(f"image {what}; give an array [height, width] or [height, width, 1, 3 or 4], channels last")
+    if isinstance(image, Tensor) and (image.requires_grad or image.dtype == torch.bfloat16):
+        raise ValueError(
+            f"image is a tensor of {image.dtype} with requires_grad={image.requires_grad}; give "
+            "image.detach().float(), or an array"
+        )
+    if not re.search("float|bool|int", str(image.dtype)):
+        raise ValueError(f"image has dtype {image.dtype}; give floats in [0, 1] or bytes in [0, 255]")
     low, high = float(image.min()), float(image.max())
     if not (low >= -0.001 and high <= _white(image) + 0.001):  # so much is rounding; not finite is refused too
         raise ValueError(f"image has values from {low:.4g} to {high:.4g}; give floats in [0, 1] or bytes in [0, 255]")
