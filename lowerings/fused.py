@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -98,6 +98,10 @@ def why_not_template(
         return "sub-boxes of symbolic size are checked when they run, by the kernel"
     if any(V.graph.sizevars.statically_known_equals(size, 0) for size in sizes):
         return "a tensor is empty"
+    if _is_used(1) and not _is_used(0):
+        return "of a template of two outputs the first one must be used"
+    if _is_used(1) and _is_written_later(V.graph.current_node):
+        return "what it reads is written to later, and torch lets nobody wait for a template of two outputs but its readers"
     reasons = backends.why_not_inlined(_described(inputs, params, scale, make_box(params.rank, *box)))
     return "; ".join(reasons) if reasons else _compiler.why_not_here()
 
@@ -232,6 +236,37 @@ def _producer(tokens: Any, dim: int) -> Any:
 def _is_used(output: int) -> bool:
     users = V.graph.current_node.users
     return any(user.target is not operator.getitem or user.args[1] == output for user in users)
+
+
+def _is_written_later(node: Any) -> bool:
+    """Whether tensors that the node's inputs are made of are written to after it, as a cache that is moved on is."""
+    written: set[Any] = set()
+    later = node.next
+    while later.op != "root":
+        written.update(_written_by(later))
+        later = later.next
+    seen: set[Any] = set()
+    waiting = list(node.all_input_nodes) if written else []
+    while waiting:
+        source = waiting.pop()
+        if source not in seen:
+            seen.add(source)
+            waiting += source.all_input_nodes
+    return not written.isdisjoint(seen)
+
+
+def _written_by(node: Any) -> Iterator[Any]:
+    """What an op changes in place, and what that is a view of."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        changed = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+        while isinstance(changed, torch.fx.Node):
+            yield changed
+            is_view = isinstance(changed.target, torch._ops.OpOverload) and changed.target.is_view
+            changed = changed.args[0] if is_view else None
 
 
 def replace_node(node: Any, function: Callable[..., Any], arguments: list[Any]) -> Any:

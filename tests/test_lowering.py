@@ -42,6 +42,47 @@ def test_outputs_of_one_number_a_head_keep_what_follows_them_apart():
     compile_and_compare(attend, query, key, value)
 
 
+@pytest.mark.parametrize("look", [lambda lse: lse, lambda lse: (lse * 2).logsumexp(1)])
+def test_a_log_sum_exp_without_its_output(look):
+    """The scheduler has removed the output by the time a template would ask where it lies: a call."""
+    compile_and_compare(
+        lambda q, k, v: look(natten_ops.na2d(q * 2, k, v, kernel_size=3, return_lse=True)[1]), *image(3)
+    )
+    assert found()[0] == 0
+
+
+def cached(query, cache, value, total):
+    out, lse = natten_ops.na2d(query * 2, cache, value, kernel_size=3, return_lse=True)
+    cache.copy_(cache.roll(-1, 1))
+    return out * 2, lse
+
+
+def in_part(query, cache, value, total):
+    out, lse = natten_ops.na2d(query, cache * 0.5, value, kernel_size=3, return_lse=True)
+    cache[:, :1] = 0
+    return out, lse
+
+
+def apart(query, cache, value, total):
+    out, lse = natten_ops.na2d(query * 2, cache, value, kernel_size=3, return_lse=True)
+    total.add_(out)
+    return lse
+
+
+@pytest.mark.parametrize("step, templates", [(cached, 0), (in_part, 0), (apart, 1)])
+def test_what_is_written_to_after_the_attention(step, templates):
+    """A cache that is moved on: torch's templates of two outputs let nobody wait for them, so it is a call then."""
+    torch._dynamo.reset()
+    before, given = found()[0], image(4)
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        tensors = [tensor.clone() for tensor in given]
+        with torch.no_grad():
+            results.append((function(*tensors), tensors))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    assert found()[0] - before == templates
+
+
 def test_windows_of_a_million_tokens_and_broadcast_tokens():
     """A window larger than any tile goes to the kernel; a key that is one token for all is read where it lies."""
     line = torch.randn(1, 1_000_000, 1, 1)
